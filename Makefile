@@ -1,0 +1,43 @@
+# `make run` makes a first video, `make test` runs the tests. Both set up what they need in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+OUT ?= outputs
+PROMPT ?= A panda eating bamboo on a rock.
+
+.PHONY: run test test-fast lint clean
+
+run: $(VENV)/.installed
+	@mkdir -p $(OUT)
+	@test -d $(OUT)/random-checkpoint || $(BIN)/t2v random-checkpoint $(OUT)/random-checkpoint
+	$(BIN)/t2v generate "$(PROMPT)" --model $(OUT)/random-checkpoint --output $(OUT)/first.mp4
+	@echo "The weights are random, so it shows noise: README.md says how to get the released ones."
+
+# The full-size tests need the memory to themselves, so they come after the others.
+test: $(VENV)/.installed-test
+	$(BIN)/pytest -n auto -m "not full_size"
+	$(BIN)/pytest -m full_size
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/pytest -n auto -m "not full_size"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
+	@touch $@ $(VENV)/.installed
