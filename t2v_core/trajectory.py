@@ -1,0 +1,68 @@
+"""A request on its way from noise to video: the one value that changes from step to step."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from t2v_core.shapes import LatentShape
+
+
+class NoiseSource:
+    """A request's own noise, drawn on the CPU in float32, so that it is the same on every device.
+
+    It is made from a seed, or from the state another one had reached.
+    """
+
+    def __init__(self, seed: int | None = None, state: Tensor | None = None) -> None:
+        self._generator = torch.Generator("cpu")
+        if state is not None:
+            self._generator.set_state(state)
+        else:
+            assert seed is not None
+            self._generator.manual_seed(seed)
+
+    @property
+    def state(self) -> Tensor:
+        """All that later draws depend on: uint8."""
+        return self._generator.get_state()
+
+    def video(self, shape: LatentShape) -> Tensor:
+        """Noise for a whole video: (c, f, h, w)."""
+        return torch.randn(shape, generator=self._generator)
+
+    def frames(self, shape: LatentShape) -> Tensor:
+        """Noise drawn frame by frame, the order in which diffusers draws all but the first: (c, f, h, w)."""
+        c, f, h, w = shape
+        return rearrange(torch.randn((f, c, h, w), generator=self._generator), "f c h w -> c f h w")
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Where a request stands after `step_index` of `num_steps` steps.
+
+    latents: (c, f, h, w), x at the current timestep.
+    history: (2, c, f, h, w), the last two predictions of x0, newest first; zeros before there are any.
+    noise_state: what the request's `NoiseSource` continues from.
+    """
+
+    latents: Tensor
+    history: Tensor
+    noise_state: Tensor
+    num_steps: int
+    step_index: int = 0
+
+    @classmethod
+    def start(cls, latents: Tensor, noise_state: Tensor, num_steps: int) -> Self:
+        """A request before its first step. latents: (c, f, h, w)."""
+        return cls(latents, torch.zeros_like(latents).repeat(2, 1, 1, 1, 1), noise_state, num_steps)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step_index == self.num_steps
+
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape(*self.latents.shape)
