@@ -1,0 +1,8 @@
+"""Weights: found, understood, named as our modules are, loaded strictly. Only this package knows checkpoint layouts."""
+
+from t2v_core.weights.checkpoint import Checkpoint
+from t2v_core.weights.convert import convert
+from t2v_core.weights.find import open_checkpoint
+from t2v_core.weights.networks import load_autoencoder, load_text_encoder, load_unet
+
+__all__ = ["Checkpoint", "convert", "load_autoencoder", "load_text_encoder", "load_unet", "open_checkpoint"]

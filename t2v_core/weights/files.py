@@ -1,0 +1,106 @@
+"""Tensor files: safetensors and PyTorch's pickles, memory-mapped, without running anything they contain."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from t2v_core.errors import CheckpointError, CheckpointNotFound, UnsafeCheckpoint
+
+FileT = TypeVar("FileT", bound=BaseModel)
+
+_REDOWNLOAD = "fetch it again, or convert the checkpoint again"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU and memory-mapped: nothing is read before it is used.
+
+    A `.index.json` stands for the shards that it lists. A training checkpoint's `state_dict` is unwrapped.
+    Raises CheckpointNotFound, CheckpointError for a damaged file, UnsafeCheckpoint for a pickle with code.
+    """
+    if not path.is_file():
+        raise CheckpointNotFound(f"{path}: no such file; {_REDOWNLOAD}")
+    if path.name.endswith(".index.json"):
+        index = read_json(path, _ShardIndex)
+        shards = sorted(set(index.weight_map.values()))
+        return {name: tensor for shard in shards for name, tensor in read_tensors(path.parent / shard).items()}
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {_REDOWNLOAD}") from error
+    return _tensors_of(_unpickle(path), path)
+
+
+def read_json(path: Path, model: type[FileT]) -> FileT:
+    """A JSON file as the given type. Raises CheckpointNotFound or CheckpointError."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(f"{path}: no such file; {_REDOWNLOAD}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise CheckpointError(
+            f"{path}: {where} is {first['input']!r}: {first['msg']}; this checkpoint is not of the ModelScope family"
+        ) from error
+
+
+class _ShardIndex(BaseModel):
+    weight_map: dict[str, str]
+
+
+class _Inert:
+    """Stands in for whatever a training checkpoint pickled beside its tensors. Takes any state, does nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What the files of this family are known to hold beside tensors. Their contents are thrown away.
+_INERT_NAMES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+
+
+def _unpickle(path: Path) -> Any:  # Any: a pickle may hold anything
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in _INERT_NAMES]):
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to switch the protection off: it is not handed on.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise CheckpointError(f"{path}: not a whole PyTorch file; {_REDOWNLOAD}") from error
+        raise UnsafeCheckpoint(
+            f"{path}: refused, for it asks to run {code[1]} and only tensors and plain values are allowed; "
+            "get the checkpoint as .safetensors, from a source that you trust"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        # All of these are seen for truncated or overwritten files, depending on where they break off.
+        raise CheckpointError(f"{path}: not a whole PyTorch file; {_REDOWNLOAD}") from error
+
+
+def _tensors_of(loaded: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors by name; it is not a model's weights")
+    return tensors

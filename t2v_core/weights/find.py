@@ -1,0 +1,71 @@
+"""From what a user calls a checkpoint to one that is on this machine and understood."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from t2v_core.config import GenerationDefaults
+from t2v_core.errors import CheckpointError, CheckpointNotFound
+from t2v_core.weights import diffusers_layout, modelscope_layout
+from t2v_core.weights.checkpoint import Checkpoint
+
+# Checkpoints of this family that were trained at another size than the first, by folder or repository name.
+_FAMILY = {
+    "zeroscope_v2_576w": GenerationDefaults(width=576, height=320, num_frames=24),
+    "zeroscope_v2_XL": GenerationDefaults(width=1024, height=576, num_frames=24),
+    "potat1": GenerationDefaults(width=1024, height=576, num_frames=24),
+    "animov-0.1": GenerationDefaults(width=384, height=384),
+    "animov-0.1.1": GenerationDefaults(width=448, height=384),
+    "animov-512x": GenerationDefaults(width=512, height=512),
+}
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None, half: bool = False) -> Checkpoint:
+    """Find a checkpoint, fetch what is missing of it, and read its configuration.
+
+    `model` is a folder or a hub id; `revision` is a hub id's branch, tag or commit; `half` prefers files of fp16.
+    Raises CheckpointNotFound or CheckpointError.
+    """
+    name = str(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{name}: a folder has no revision {revision!r}; leave it out, or give a hub id")
+    else:
+        folder = _fetch(name, revision, half)
+    checkpoint: Checkpoint = _layout(_file_names(folder), name).open_folder(folder, name, half)
+    family_name = Path(name).name
+    if family_name in _FAMILY and checkpoint.config.defaults == GenerationDefaults():
+        config = dataclasses.replace(checkpoint.config, defaults=_FAMILY[family_name])
+        checkpoint = dataclasses.replace(checkpoint, config=config)
+    return checkpoint
+
+
+def _fetch(name: str, revision: str | None, half: bool) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointNotFound(
+            f"{name}: no such folder, and not a hub id; give a folder, or a name like damo-vilab/text-to-video-ms-1.7b"
+        )
+
+    # Not at the top: the hub's client takes a second to import, and a folder does not need it.
+    from t2v_core.weights.hub import download
+
+    def select(names: Sequence[str]) -> Sequence[str]:
+        return _layout(names, name).needed_files(names, half)
+
+    return download(name, revision=revision, select=select)
+
+
+def _layout(names: Sequence[str], model: str) -> ModuleType:
+    for layout in (diffusers_layout, modelscope_layout):
+        if layout.MARKER in names:
+            return layout
+    raise CheckpointError(
+        f"{model}: holds neither {diffusers_layout.MARKER} (diffusers) nor {modelscope_layout.MARKER} (ModelScope); "
+        "it is no checkpoint of this family"
+    )
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,75 @@
+"""Networks with their weights: built without memory, checked strictly, then given the tensors as they are."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from t2v_core.autoencoder import Autoencoder
+from t2v_core.errors import CheckpointError
+from t2v_core.text_encoder import TextEncoder
+from t2v_core.unet3d import UNet3D
+from t2v_core.weights.checkpoint import Checkpoint
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+_NUM_NAMED = 3
+
+
+def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> UNet3D:
+    """The denoiser, ready to run. Raises CheckpointError where a tensor is missing, unexpected or misshapen."""
+    with torch.device("meta"):
+        unet = UNet3D(checkpoint.config.unet)
+    return _load(unet, "unet", checkpoint.read_unet(), checkpoint.name, device, dtype)
+
+
+def load_autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """The autoencoder, ready to run. Raises as `load_unet`."""
+    with torch.device("meta"):
+        autoencoder = Autoencoder(checkpoint.config.autoencoder)
+    return _load(autoencoder, "autoencoder", checkpoint.read_autoencoder(), checkpoint.name, device, dtype)
+
+
+def load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder, ready to run. Raises as `load_unet`."""
+    with torch.device("meta"):
+        text_encoder = TextEncoder(checkpoint.config.text_encoder)
+    return _load(text_encoder, "text_encoder", checkpoint.read_text_encoder(), checkpoint.name, device, dtype)
+
+
+def _load(
+    network: NetworkT,
+    network_name: str,
+    tensors: dict[str, Tensor],
+    checkpoint_name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> NetworkT:
+    _check(f"{checkpoint_name}: {network_name}", network.state_dict(), tensors)
+    # One tensor at a time: a memory-mapped one that needs no conversion stays where it is.
+    for name in tensors:
+        tensors[name] = tensors[name].to(device=device, dtype=dtype)
+    network.load_state_dict(tensors, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _check(where: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    problems = (
+        ("lacks", [name for name in expected if name not in found]),
+        ("has unexpected", [name for name in found if name not in expected]),
+        (
+            "has misshapen",
+            [
+                f"{name} {tuple(found[name].shape)}, must be {tuple(tensor.shape)}"
+                for name, tensor in expected.items()
+                if name in found and found[name].shape != tensor.shape
+            ],
+        ),
+    )
+    for verb, names in problems:
+        if names:
+            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+            raise CheckpointError(
+                f"{where} {verb} {'; '.join(names[:_NUM_NAMED])}{more}: "
+                "the file is of another model or incomplete; fetch it again"
+            )

@@ -1,0 +1,326 @@
+"""Checkpoints are found in every layout that users have, loaded strictly, and never run."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t2v_core.errors import CheckpointError, CheckpointNotFound, InvalidRequest, OutputError, UnsafeCheckpoint
+from t2v_core.pipeline import load
+from t2v_core.weights import convert, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights.diffusers_layout import needed_files
+
+CPU = torch.device("cpu")
+UNET = "unet/diffusion_pytorch_model"
+VAE = "vae/diffusion_pytorch_model"
+TEXT = "text_encoder/model"
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+def tensors_of(folder, half=False, dtype=torch.float32):
+    opened = open_checkpoint(folder, half=half)
+    networks = (load_network(opened, CPU, dtype) for load_network in (load_unet, load_autoencoder, load_text_encoder))
+    return {f"{type(network).__name__}.{name}": t for network in networks for name, t in network.state_dict().items()}
+
+
+def assert_equal_tensors(ours, expected):
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def edit(path, change):
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_pickled_weights_of_the_diffusers_layout_are_those_of_its_safetensors(checkpoint, tiny_checkpoint):
+    for stem, pickled in ((UNET, UNET), (VAE, VAE), (TEXT, "text_encoder/pytorch_model")):
+        path = checkpoint / f"{stem}.safetensors"
+        torch.save(load_file(path), checkpoint / f"{pickled}.bin")
+        path.unlink()
+    assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+
+
+def test_half_precision_files_are_read_when_half_is_wanted_and_whole_ones_otherwise(checkpoint, tiny_checkpoint):
+    for stem in (UNET, VAE, TEXT):
+        half = {name: tensor.half() for name, tensor in load_file(checkpoint / f"{stem}.safetensors").items()}
+        save_file(half, checkpoint / f"{stem}.fp16.safetensors")
+    halves = tensors_of(checkpoint, half=True)
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in halves.values())
+    assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+
+
+def test_unsuffixed_files_of_half_precision_load_in_any_precision(checkpoint, tiny_checkpoint):
+    """As zeroscope ships them: fp16 pickles under the plain name."""
+    for stem, pickled in ((UNET, UNET), (VAE, VAE), (TEXT, "text_encoder/pytorch_model")):
+        path = checkpoint / f"{stem}.safetensors"
+        torch.save({name: t.half() for name, t in load_file(path).items()}, checkpoint / f"{pickled}.bin")
+        path.unlink()
+    expected = tensors_of(tiny_checkpoint, dtype=torch.float16)
+    assert_equal_tensors(tensors_of(checkpoint, dtype=torch.float16), expected)
+    assert {tensor.dtype for tensor in tensors_of(checkpoint).values()} == {torch.float32}
+
+
+def test_sharded_weights_are_joined(checkpoint, tiny_checkpoint):
+    path = checkpoint / f"{UNET}.safetensors"
+    tensors = load_file(path)
+    names = sorted(tensors)
+    shards = {"a-00001-of-00002.safetensors": names[::2], "a-00002-of-00002.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: tensors[name] for name in held}, checkpoint / "unet" / shard)
+    weight_map = {name: shard for shard, held in shards.items() for name in held}
+    (checkpoint / f"{UNET}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    path.unlink()
+    assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+    everything = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()]
+    assert {f"unet/{shard}" for shard in shards} <= set(needed_files(everything, half=False))
+
+
+def test_an_autoencoder_with_the_old_names_of_its_attention_is_the_same(checkpoint, tiny_checkpoint):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors):
+        for name in [name for name in tensors if ".attentions." in name]:
+            for new_part, old_part in old.items():
+                if f".{new_part}." in name:
+                    tensors[name.replace(new_part, old_part)] = tensors.pop(name)
+
+    edit(checkpoint / f"{VAE}.safetensors", rename)
+    assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("version", ["transformers 5", "transformers 4"])
+def test_the_text_encoder_of_either_transformers_is_read(checkpoint, tiny_checkpoint, version):
+    def rename(tensors):
+        for name in list(tensors):
+            if version == "transformers 5":
+                tensors[name.removeprefix("text_model.")] = tensors.pop(name)
+        if version == "transformers 4":
+            tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+
+    edit(checkpoint / f"{TEXT}.safetensors", rename)
+    assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("stem", [UNET, VAE])
+def test_a_missing_tensor_is_named(checkpoint, stem):
+    edit(checkpoint / f"{stem}.safetensors", lambda tensors: tensors.pop(sorted(tensors)[0]))
+    name = sorted(load_file(checkpoint / f"{stem}.safetensors"))
+    with pytest.raises(CheckpointError, match="lacks") as caught:
+        load(checkpoint)
+    assert not any(f"lacks {kept}:" in str(caught.value) for kept in name)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name", "named"),
+    [
+        (UNET, "conv_in.weight", "conv_in.weight"),
+        (TEXT, "text_model.final_layer_norm.bias", "tower.ln_final.bias"),
+        (TEXT, "text_model.encoder.layers.1.self_attn.k_proj.weight", "k_proj is missing for .*resblocks.1"),
+    ],
+)
+def test_a_missing_tensor_is_named_as_ours(checkpoint, stem, name, named):
+    edit(checkpoint / f"{stem}.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=named):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("stem", [UNET, VAE, TEXT])
+def test_an_unexpected_tensor_is_named(checkpoint, stem):
+    edit(checkpoint / f"{stem}.safetensors", lambda tensors: tensors.update({"lora.up.weight": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"has unexpected lora\.up\.weight"):
+        load(checkpoint)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(checkpoint):
+    edit(checkpoint / f"{UNET}.safetensors", lambda tensors: tensors.update({"conv_out.bias": torch.zeros(5)}))
+    with pytest.raises(CheckpointError, match=r"misshapen conv_out\.bias \(5,\), must be \(4,\)"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu', must be 'silu'"),
+        ("unet/config.json", {"use_motion_module": True}, "use_motion_module is True"),
+        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ("unet/config.json", {"up_block_types": ["UpBlock3D"] * 4}, "must mirror"),
+        ("unet/config.json", {"block_out_channels": "large"}, "block_out_channels"),
+        ("vae/config.json", {"latent_channels": 16}, "latent_channels is 16"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),
+        ("text_encoder/config.json", {"hidden_act": "quick_gelu"}, "quick_gelu"),
+        ("text_encoder/config.json", {"hidden_size": 64}, "64 wide and the UNet reads 32"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
+        ("generation_config.json", {"width": None}, "width"),
+    ],
+)
+def test_a_setting_that_this_model_does_not_have_is_named(checkpoint, path, change, message):
+    settings = json.loads((checkpoint / path).read_text())
+    (checkpoint / path).write_text(json.dumps(settings | change))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(checkpoint)
+    assert path.split("/")[0] in str(caught.value) or str(checkpoint) in str(caught.value)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 7, 1000, 100_000])
+def test_a_cut_off_safetensors_file_is_a_clear_error(checkpoint, kept_bytes):
+    os.truncate(checkpoint / f"{UNET}.safetensors", kept_bytes)
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors: not a whole safetensors file"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 7, 1000, 100_000])
+def test_a_cut_off_pickle_is_a_clear_error(checkpoint, kept_bytes):
+    path = checkpoint / f"{UNET}.bin"
+    torch.save(load_file(checkpoint / f"{UNET}.safetensors"), path)
+    (checkpoint / f"{UNET}.safetensors").unlink()
+    os.truncate(path, kept_bytes)
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin: not a"):
+        load(checkpoint)
+
+
+def test_a_file_without_tensors_is_a_clear_error(checkpoint):
+    (checkpoint / f"{UNET}.safetensors").unlink()
+    torch.save({"epoch": 3}, checkpoint / f"{UNET}.bin")
+    with pytest.raises(CheckpointError, match="holds no tensors by name"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_is_refused_and_never_runs(checkpoint, tmp_path, legacy):
+    victim = tmp_path / "was_run"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {victim}",)
+
+    (checkpoint / f"{UNET}.safetensors").unlink()
+    path = checkpoint / f"{UNET}.bin"
+    torch.save({"conv_in.weight": torch.zeros(1), "x": Malicious()}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeCheckpoint, match=r"diffusion_pytorch_model\.bin: refused") as caught:
+        load(checkpoint)
+    assert "posix.system" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert not victim.exists()
+
+
+def test_code_in_a_bare_pickle_is_refused_and_never_runs(checkpoint, tmp_path):
+    victim = tmp_path / "was_run"
+
+    class Malicious:
+        def __reduce__(self):
+            return exec, (f"open({str(victim)!r}, 'w')",)
+
+    (checkpoint / f"{UNET}.safetensors").unlink()
+    (checkpoint / f"{UNET}.bin").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError):
+        load(checkpoint)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", f"{VAE}.safetensors", "scheduler/scheduler_config.json"])
+def test_a_missing_file_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=name.split("/")[-1].split(".")[0]):
+        load(checkpoint)
+
+
+def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither model_index\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "panda", "./panda", "a/b/c"])
+def test_a_name_that_is_neither_folder_nor_hub_id_is_a_clear_error(name):
+    with pytest.raises(CheckpointNotFound, match="no such folder, and not a hub id"):
+        load(name)
+
+
+def test_a_folder_has_no_revision(tiny_checkpoint):
+    with pytest.raises(CheckpointError, match="a folder has no revision 'main'"):
+        load(tiny_checkpoint, revision="main")
+
+
+def test_a_device_that_is_not_there_is_a_clear_error(tiny_checkpoint):
+    with pytest.raises(InvalidRequest, match="device cuda:99"):
+        load(tiny_checkpoint, device="cuda:99")
+
+
+def test_a_checkpoint_of_the_family_is_known_by_its_name(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "zeroscope_v2_576w")
+    (folder / "generation_config.json").unlink()
+    defaults = open_checkpoint(folder).config.defaults
+    assert (defaults.width, defaults.height, defaults.num_frames) == (576, 320, 24)
+
+
+def test_converting_keeps_every_tensor_and_setting(tiny_checkpoint, tmp_path):
+    convert(open_checkpoint(tiny_checkpoint), tmp_path / "copy", torch.float32)
+    assert_equal_tensors(tensors_of(tmp_path / "copy"), tensors_of(tiny_checkpoint))
+    assert open_checkpoint(tmp_path / "copy").config == open_checkpoint(tiny_checkpoint).config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+def test_converting_never_writes_over_a_folder(tiny_checkpoint, tmp_path):
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(OutputError, match="already exists"):
+        convert(open_checkpoint(tiny_checkpoint), tmp_path / "copy", torch.float32)
+
+
+def test_converting_a_damaged_checkpoint_leaves_nothing(checkpoint, tmp_path):
+    edit(checkpoint / f"{TEXT}.safetensors", lambda tensors: tensors.pop("text_model.final_layer_norm.bias"))
+    with pytest.raises(CheckpointError):
+        convert(open_checkpoint(checkpoint), tmp_path / "copy", torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_loading_needs_no_memory_but_for_what_is_converted(tmp_path):
+    """Of a UNet of 430 MB: mapped as it is in fp32; in fp16 one copy of half the size, and never both."""
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        from t2v_core.config import ModelConfig, UNetConfig
+        from t2v_core.weights import load_unet, open_checkpoint
+
+        def anonymous_mib(key):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(key + ":"))
+
+        folder, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+        before = anonymous_mib("RssAnon")
+        unet = load_unet(open_checkpoint(folder), torch.device("cpu"), dtype)
+        print(anonymous_mib("RssAnon") - before, sum(p.numel() * p.element_size() for p in unet.parameters()) // 2**20)
+        """
+    )
+    from t2v_core.config import ModelConfig, TextEncoderConfig, UNetConfig
+    from t2v_core.weights.random_init import TINY, write_random_checkpoint
+
+    config = ModelConfig(
+        unet=UNetConfig(block_out_channels=(160, 320, 640, 640), layers_per_block=1, cross_attention_dim=64),
+        autoencoder=TINY.autoencoder,
+        text_encoder=TextEncoderConfig(width=64, heads=2, layers=1, mlp_width=64),
+    )
+    write_random_checkpoint(tmp_path / "large", config)
+
+    def measured(dtype):
+        command = [sys.executable, "-c", script, str(tmp_path / "large"), dtype]
+        return [int(word) for word in subprocess.run(command, capture_output=True, check=True).stdout.split()]
+
+    grown, size = measured("float32")
+    assert size > 300
+    assert grown < 0.15 * size
+    grown, size = measured("float16")
+    assert grown < 1.15 * size + 20
