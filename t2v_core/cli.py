@@ -1,0 +1,204 @@
+"""The command line: `t2v generate`, `t2v convert`, `t2v random-checkpoint`."""
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from t2v_core.config import ModelConfig, SamplerName
+from t2v_core.errors import InvalidRequest, OutputError, T2VError
+from t2v_core.media import VideoFormat, check_encoding, video_format_of
+from t2v_core.params import GenerationParams
+from t2v_core.pipeline import Pipeline, load
+from t2v_core.video import Video
+from t2v_core.weights import convert as convert_checkpoint
+from t2v_core.weights import open_checkpoint
+from t2v_core.weights.random_init import TINY, write_random_checkpoint
+
+DEFAULT_MODEL = "damo-vilab/text-to-video-ms-1.7b"
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CANCELLED = 130  # what shells expect of a program that Ctrl-C ended
+
+app = typer.Typer(
+    help="Text to video with ModelScope's 1.7 B diffusion model.", no_args_is_help=True, add_completion=False
+)
+
+
+@app.callback()
+def _logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_console())])
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the video should show, in English.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="An .mp4, .webm or .gif file.")] = None,
+    model: Annotated[str, typer.Option(help="A folder, or a Hugging Face id.")] = DEFAULT_MODEL,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model on the hub.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels, multiples of 8.")] = None,
+    num_frames: Annotated[int | None, typer.Option()] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="More steps, more detail: 1 to 999.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    sampler: Annotated[SamplerName | None, typer.Option()] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of the ddim sampler, 0 to 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same video.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
+    input_video: Annotated[Path | None, typer.Option(help="Make this video anew instead of starting at noise.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of the input video is replaced, 0 to 1.")] = None,
+    format: Annotated[VideoFormat | None, typer.Option(help="If the output's name does not say it.")] = None,
+    crf: Annotated[int | None, typer.Option(help="Quality of mp4 and webm: lower is better and larger.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="fp16 on a GPU and fp32 on a CPU, unless given.")] = None,
+) -> None:
+    """Make a video of what PROMPT says."""
+    console = _console()
+    with _errors_explained(console):
+        destination = _destination(output, format)
+        width, height = _sides(size)
+        with console.status(f"Loading {model}"):
+            pipeline = load(model, revision=revision, device=device, dtype=_DTYPES[dtype] if dtype else None)
+        params = pipeline.params(
+            prompt,
+            video=input_video,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            strength=strength,
+            format=video_format_of(destination),
+        )
+        check_encoding(params.format, params.fps, crf)
+        started = time.monotonic()
+        video = _generate(console, pipeline, params)
+        video.save(destination, crf=crf)
+        seconds = time.monotonic() - started
+        console.print(
+            f"{destination}: {params.num_frames} frames of {params.width}x{params.height}, seed {params.seed}, "
+            f"{params.num_steps} steps of {params.sampler} at guidance {params.guidance_scale:g}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        console.print(
+            f"{seconds:.1f} s on {pipeline.device} in {str(pipeline.dtype).removeprefix('torch.')}, "
+            f"peak memory {_peak_memory_bytes(pipeline.device) / 2**30:.1f} GiB",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, or a Hugging Face id, in either layout.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the source on the hub.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="fp16 halves the size of the files.")] = "fp32",
+) -> None:
+    """Write a checkpoint in the diffusers layout, as safetensors."""
+    console = _console()
+    with _errors_explained(console):
+        checkpoint = open_checkpoint(source, revision=revision, half=dtype == "fp16")
+        with console.status(f"Converting {source}"):
+            convert_checkpoint(checkpoint, destination, _DTYPES[dtype])
+        console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
+
+
+@app.command("random-checkpoint")
+def random_checkpoint(
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    size: Annotated[Literal["tiny", "full"], typer.Option(help="full is as large as the released model.")] = "tiny",
+    dtype: Annotated[Precision, typer.Option()] = "fp32",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write a checkpoint of random weights, to try or to measure without a download. Its videos show nothing."""
+    console = _console()
+    with _errors_explained(console):
+        if destination.exists():
+            raise OutputError(f"{destination}: already exists; remove it, or choose another folder")
+        config = TINY if size == "tiny" else ModelConfig()
+        with console.status("Drawing weights"):
+            write_random_checkpoint(destination, config, seed=seed, dtype=_DTYPES[dtype])
+        console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
+
+
+def _generate(console: Console, pipeline: Pipeline, params: GenerationParams) -> Video:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        denoising = progress.add_task("Denoising", total=params.num_steps)
+        for trajectory in pipeline.denoise(params):
+            progress.update(denoising, completed=trajectory.step_index)
+            latents = trajectory.latents
+        progress.update(denoising, description="Decoding ")
+        return Video(pipeline.decode(latents), params, pipeline.name)
+
+
+def _destination(output: Path | None, format: VideoFormat | None) -> Path:
+    """Where the video will go, checked before any work is done for it."""
+    if output is None:
+        output = Path(f"video.{format or 'mp4'}")
+    elif format is not None and not output.suffix:
+        output = output.with_suffix(f".{format}")
+    if format is not None and video_format_of(output) != format:
+        raise InvalidRequest(f"format {format} for {output}: they differ; leave one out", param="format")
+    video_format_of(output)
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}; create it first")
+    return output
+
+
+def _sides(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    width, _, height = size.lower().partition("x")
+    try:
+        return int(width), int(height)
+    except ValueError as error:
+        raise InvalidRequest(f"size {size}: must be like 256x256, width first", param="size") from error
+
+
+@contextmanager
+def _errors_explained(console: Console) -> Iterator[None]:
+    """A user's mistake is one line and exit code 2, any other known failure 1, Ctrl-C 130. None has a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Cancelled; nothing was written.")
+        raise typer.Exit(_CANCELLED) from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        console.print(f"Error: {reason}. Try fewer frames, a smaller size, or --dtype fp16.", markup=False)
+        raise typer.Exit(1) from None
+    except T2VError as error:
+        console.print(f"Error: {error}", markup=False, soft_wrap=True, highlight=False)
+        raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    app()

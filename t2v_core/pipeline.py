@@ -1,0 +1,179 @@
+"""One process, one video: prompt -> text embeddings -> noise -> latents -> frames. Read this first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from t2v_core.autoencoder import Autoencoder
+from t2v_core.config import GenerationDefaults
+from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.guidance import Conditioning, predict_eps
+from t2v_core.params import GenerationParams, Settings, resolve
+from t2v_core.samplers import Coefficients, coefficients, update
+from t2v_core.schedule import Schedule
+from t2v_core.text_encoder import TextEncoder, Tokenizer
+from t2v_core.trajectory import NoiseSource, Trajectory
+from t2v_core.unet3d import UNet3D
+from t2v_core.video import Video
+from t2v_core.weights import load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The three networks of a checkpoint on one device. It holds no state of any request."""
+
+    name: str
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    unet: UNet3D
+    autoencoder: Autoencoder
+    schedule: Schedule
+    defaults: GenerationDefaults
+    device: torch.device
+    dtype: torch.dtype
+
+    def generate(self, prompt: str, *, video: Path | str | None = None, **settings: Unpack[Settings]) -> Video:
+        """A video of what the prompt says or, with an input `video`, that video made anew.
+
+        Settings that are not given are the checkpoint's own; see `Settings`. Raises InvalidRequest for what is
+        not allowed, GenerationFailed where the numbers are no longer finite.
+        """
+        params = self.params(prompt, video=video, **settings)
+        for trajectory in self.denoise(params):
+            latents = trajectory.latents
+        return Video(self.decode(latents), params, self.name)
+
+    def params(self, prompt: str, *, video: Path | str | None = None, **settings: Unpack[Settings]) -> GenerationParams:
+        """A valid request, with every setting filled in and the input video read. Raises InvalidRequest."""
+        return resolve(prompt, settings, self.defaults, video)
+
+    def denoise(self, params: GenerationParams) -> Iterator[Trajectory]:
+        """The request after each of its steps. Stop iterating to cancel; the last latents are the video's.
+
+        Raises GenerationFailed after the last step where the latents are not finite.
+        """
+        conditioning = self.encode_prompt(params)
+        plan = self.plan(params)
+        trajectory = self.start(params, plan)
+        while not trajectory.is_finished:
+            trajectory = self.step(trajectory, plan, conditioning)
+            yield trajectory
+        self._check_finite(trajectory.latents)
+
+    @torch.inference_mode()
+    def encode_prompt(self, params: GenerationParams) -> Conditioning:
+        """The text embeddings of the prompt and, where guidance is on, of the negative prompt."""
+        prompt = self.tokenizer(params.prompt)
+        if params.guidance_scale <= 1.0:
+            return Conditioning(self.text_encoder.encode([prompt])[0], None, params.guidance_scale)
+        negative = self.tokenizer(params.negative_prompt)
+        # Both rows go through the UNet together, so the shorter text is filled up with empty pieces.
+        num_chunks = max(len(prompt), len(negative))
+        padded = [torch.cat([ids, self.tokenizer("").repeat(num_chunks - len(ids), 1)]) for ids in (prompt, negative)]
+        prompt_embeds, negative_embeds = self.text_encoder.encode(padded)
+        return Conditioning(prompt_embeds, negative_embeds, params.guidance_scale)
+
+    def plan(self, params: GenerationParams) -> Coefficients:
+        """The sampler's scalars for every step that this request runs."""
+        return coefficients(
+            params.sampler, self.schedule, params.num_inference_steps, first_step=params.first_step, eta=params.eta
+        )
+
+    @torch.inference_mode()
+    def start(self, params: GenerationParams, plan: Coefficients) -> Trajectory:
+        """The request before its first step: noise or, from an input video, its latents with noise on top."""
+        shape = params.shape.latents()
+        source = NoiseSource(params.seed)
+        if params.video is None:
+            latents = plan.noise_scale * source.video(shape).to(self._latents_like)
+        else:
+            pixels = rearrange(params.video.to(self._latents_like) / 127.5 - 1.0, "f h w c -> 1 c f h w")
+            mean, std = (part[0].to(self._latents_like) for part in self.autoencoder.encode(pixels.to(self.dtype)))
+            x0 = mean + std * source.frames(shape).to(self._latents_like)
+            noise = source.frames(shape).to(self._latents_like)
+            latents = plan.alpha[0].to(x0) * x0 + plan.sigma[0].to(x0) * noise
+        return Trajectory.start(latents, source.state, plan.num_steps)
+
+    @torch.inference_mode()
+    def step(self, trajectory: Trajectory, plan: Coefficients, conditioning: Conditioning) -> Trajectory:
+        """The request one step further."""
+        i = trajectory.step_index
+        latents = trajectory.latents[None]
+        timesteps = plan.timesteps[i : i + 1].to(self.device, torch.float32)
+        eps = predict_eps(self.unet, latents, timesteps, [conditioning])
+
+        noise, noise_state = None, trajectory.noise_state
+        if plan.draws_noise(i):
+            source = NoiseSource(state=noise_state)
+            noise, noise_state = source.frames(trajectory.shape).to(latents)[None], source.state
+        latents, history = update(latents, eps, trajectory.history[None], noise, plan.row(i)[None])
+        return Trajectory(latents[0], history[0], noise_state, trajectory.num_steps, i + 1)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames from final latents: (c, f, h, w) -> uint8 (f, 8h, 8w, 3), on the CPU. Raises GenerationFailed."""
+        chunks = []
+        for chunk in self.autoencoder.decode_chunks(latents.to(self.dtype)):
+            self._check_finite(chunk)
+            pixels = (chunk.float() / 2 + 0.5).clamp(0, 1) * 255
+            chunks.append(rearrange(pixels.to(torch.uint8), "f c h w -> f h w c").cpu())
+        return torch.cat(chunks)
+
+    @property
+    def _latents_like(self) -> Tensor:
+        """Latents are kept in float32, whatever the networks run in, so that steps do not add up rounding."""
+        return torch.empty(0, device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+
+    def _check_finite(self, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise GenerationFailed(
+                f"{self.name} in {self.dtype} on {self.device} gave values that are not finite: "
+                "use bf16 or fp32, or a lower guidance scale"
+            )
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """A checkpoint ready to generate: a folder or a hub id, in the diffusers or the ModelScope layout.
+
+    `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in
+    float16 there and in float32 on the CPU, unless `dtype` says otherwise.
+    Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device that is not there.
+    """
+    place = _device(device)
+    if dtype is None:
+        dtype = torch.float16 if place.type == "cuda" else torch.float32
+    checkpoint = open_checkpoint(model, revision=revision, half=dtype == torch.float16)
+    return Pipeline(
+        name=checkpoint.name,
+        tokenizer=Tokenizer(checkpoint.config.text_encoder.context_length),
+        text_encoder=load_text_encoder(checkpoint, place, dtype),
+        unet=load_unet(checkpoint, place, dtype),
+        autoencoder=load_autoencoder(checkpoint, place, dtype),
+        schedule=Schedule(checkpoint.config.schedule),
+        defaults=checkpoint.config.defaults,
+        device=place,
+        dtype=dtype,
+    )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidRequest(f"device {device}: cannot be used here ({reason}); use cpu", param="device") from error
+    return place

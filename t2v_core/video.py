@@ -1,0 +1,49 @@
+"""A finished video: its frames, and what they were made from."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from t2v_core.media import encode_video, save_video
+from t2v_core.params import GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """frames: uint8 (f, h, w, 3), RGB, on the CPU. `model` is the checkpoint that made them."""
+
+    frames: Tensor
+    params: GenerationParams
+    model: str
+
+    def save(self, path: str | Path, *, crf: int | None = None) -> Path:
+        """Write an .mp4, .webm or .gif, by the path's suffix. A lower `crf` is larger and closer to the frames.
+
+        Raises OutputError, or InvalidRequest for another suffix; then there is no file.
+        """
+        return save_video(self.frames, Path(path), fps=self.params.fps, crf=crf, metadata=self.metadata())
+
+    def encode(self, *, crf: int | None = None) -> bytes:
+        """The same as bytes, in the format that the request asked for."""
+        params = self.params
+        return encode_video(self.frames, fps=params.fps, format=params.format, crf=crf, metadata=self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """What is written into the file, so that it says where it comes from and can be made again."""
+        settings = {
+            field.name: getattr(self.params, field.name)
+            for field in dataclasses.fields(self.params)
+            if field.name not in ("prompt", "video", "format")
+        }
+        return {
+            "title": self.params.prompt,
+            "comment": "AI-generated video",
+            # IPTC's term for media made by a trained model.
+            "digital_source_type": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
+            "model": self.model,
+            "seed": str(self.params.seed),
+            "settings": json.dumps(settings),
+        }

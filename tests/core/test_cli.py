@@ -1,0 +1,171 @@
+"""The command line, as a user types it: in a process of its own, but for the many mistakes, which share one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import pytest
+from hub_server import HubServer, Revision
+from typer.testing import CliRunner
+
+from t2v_core.cli import app
+
+PROMPT = "A panda eating bamboo on a rock."
+QUICK = ("--num-frames", "4", "--num-inference-steps", "3", "--size", "64x64", "--device", "cpu")
+
+
+def t2v(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "t2v_core.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def test_generate_makes_a_video_and_says_how(tiny_checkpoint, tmp_path):
+    output = tmp_path / "panda.mp4"
+    done = t2v("generate", PROMPT, "-o", output, "--model", tiny_checkpoint, "--seed", "7", "--fps", "4", *QUICK)
+    assert done.returncode == 0, done.stderr
+    with av.open(str(output)) as container:
+        stream = container.streams.video[0]
+        frames = list(container.decode(stream))
+        assert (len(frames), frames[0].width, frames[0].height, stream.average_rate) == (4, 64, 64, 4)
+    assert "3/3" in done.stderr
+    assert "seed 7, 3 steps of dpmpp_2m at guidance 9" in done.stderr
+    assert "on cpu in float32, peak memory" in done.stderr
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_the_same_command_writes_the_same_bytes_and_the_seed_it_names_makes_it_again(tiny_checkpoint, tmp_path):
+    first = t2v("generate", PROMPT, "-o", tmp_path / "1.mp4", "--model", tiny_checkpoint, *QUICK)
+    seed = first.stderr.split("seed ")[1].split(",")[0]
+    t2v("generate", PROMPT, "-o", tmp_path / "2.mp4", "--model", tiny_checkpoint, "--seed", seed, *QUICK)
+    assert (tmp_path / "1.mp4").read_bytes() == (tmp_path / "2.mp4").read_bytes()
+
+
+def test_video_to_video_and_every_format(tiny_checkpoint, tmp_path):
+    made = t2v("generate", PROMPT, "--model", tiny_checkpoint, "--format", "webm", *QUICK, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    edited = t2v(
+        *("generate", "A red panda", "--model", tiny_checkpoint, "-o", tmp_path / "edited.gif"),
+        *("--input-video", tmp_path / "video.webm", "--strength", "0.7", "--sampler", "euler_a", *QUICK),
+    )
+    assert edited.returncode == 0, edited.stderr
+    assert "2 steps of euler_a" in edited.stderr
+    with av.open(str(tmp_path / "edited.gif")) as container:
+        assert len(list(container.decode(video=0))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--size", "100x64"], 2, "width 100: must be a multiple of 8; try 96 or 104"),
+        (["--size", "large"], 2, "size large: must be like 256x256"),
+        (["--num-frames", "0"], 2, "num_frames 0: must be from 1"),
+        (["--num-inference-steps", "1000"], 2, "must be from 1 to 999"),
+        (["--guidance-scale", "nan"], 2, "guidance_scale nan"),
+        (["--sampler", "plms"], 2, "plms"),
+        (["--strength", "0.5"], 2, "without an input video"),
+        (["--input-video", "missing.mp4"], 2, "missing.mp4"),
+        (["-o", "panda.avi"], 2, ".avi"),
+        (["-o", "panda.mp4", "--format", "gif"], 2, "they differ"),
+        (["-o", "no/such/folder/panda.mp4"], 1, "create it first"),
+        (["--crf", "99"], 2, "crf 99"),
+        (["--device", "cuda:7"], 2, "device cuda:7"),
+        (["--model", "no-such-model"], 1, "no such folder, and not a hub id"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_leaves_nothing(
+    tiny_checkpoint, tmp_path, monkeypatch, arguments, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(app, ["generate", PROMPT, "--model", str(tiny_checkpoint), *QUICK, *arguments])
+    assert done.exit_code == code, done.output
+    assert message in " ".join(done.output.split())
+    assert isinstance(done.exception, SystemExit)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt_is_refused(tiny_checkpoint, tmp_path):
+    done = t2v("generate", "  ", "--model", tiny_checkpoint, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "prompt is empty" in done.stderr
+
+
+def test_ctrl_c_leaves_no_half_file(tiny_checkpoint, tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "t2v_core.cli", "generate", PROMPT, "--model", tiny_checkpoint),
+            *("--num-inference-steps", "999", "--device", "cpu"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"TTY_COMPATIBLE": "1", "COLUMNS": "200"},
+    )
+    seen = ""
+    deadline = time.monotonic() + 120
+    while "/999" not in seen or " 0/999" in seen.splitlines()[-1]:
+        assert time.monotonic() < deadline
+        seen += process.stderr.read(40)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Cancelled; nothing was written." in rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_writes_a_checkpoint_that_generates_the_same(tiny_checkpoint, tmp_path):
+    converted = t2v("convert", tiny_checkpoint, tmp_path / "converted")
+    assert converted.returncode == 0, converted.stderr
+    for model, name in ((tiny_checkpoint, "1.gif"), (tmp_path / "converted", "2.gif")):
+        t2v("generate", PROMPT, "-o", tmp_path / name, "--model", model, "--seed", "7", *QUICK)
+    with av.open(str(tmp_path / "1.gif")) as first, av.open(str(tmp_path / "2.gif")) as second:
+        frames = [[frame.to_ndarray(format="rgb24") for frame in c.decode(video=0)] for c in (first, second)]
+    assert all((a == b).all() for a, b in zip(*frames, strict=True))
+    again = t2v("convert", tiny_checkpoint, tmp_path / "converted")
+    assert again.returncode == 1
+    assert "already exists" in again.stderr
+
+
+def test_a_hub_id_is_fetched_once_and_without_what_is_not_needed(tiny_checkpoint, tmp_path):
+    repository = shutil.copytree(tiny_checkpoint, tmp_path / "repository")
+    (repository / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not needed")
+    (repository / "samples.mp4").write_bytes(b"not needed")
+    hub = HubServer("owner/tiny", {"main": Revision("1" * 40, repository)})
+    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    places |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    arguments = ("generate", PROMPT, "--seed", "7", *QUICK, "--model")
+    try:
+        fetched = t2v(*arguments, "owner/tiny", "-o", tmp_path / "1.mp4", **places)
+        assert fetched.returncode == 0, fetched.stderr
+        assert sorted(hub.fetched()) == sorted(
+            ["model_index.json", "generation_config.json", "scheduler/scheduler_config.json"]
+            + [f"{network}/config.json" for network in ("unet", "vae", "text_encoder")]
+            + [f"{network}/diffusion_pytorch_model.safetensors" for network in ("unet", "vae")]
+            + ["text_encoder/model.safetensors"]
+        )
+        unknown = t2v(*arguments, "owner/tiny", "--revision", "v9", **places, cwd=tmp_path)
+        assert unknown.returncode == 1
+        assert "no such branch, tag or commit" in unknown.stderr
+    finally:
+        hub.close()
+    offline = t2v(*arguments, "owner/tiny", "-o", tmp_path / "2.mp4", **places, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert av.open(str(tmp_path / "2.mp4")).streams.video[0].frames == 4
+
+
+def test_a_random_checkpoint_needs_no_download(tmp_path):
+    made = t2v("random-checkpoint", tmp_path / "random", "--dtype", "fp16")
+    assert made.returncode == 0, made.stderr
+    done = t2v("generate", PROMPT, "--model", tmp_path / "random", "-o", tmp_path / "x.mp4", *QUICK)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,179 @@
+"""What one process does for one request, on a small model of random weights."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from t2v_core.config import SAMPLER_NAMES
+from t2v_core.errors import GenerationFailed, InvalidRequest, UnreadableVideo
+from t2v_core.pipeline import load
+
+PROMPT = "A panda eating bamboo on a rock."
+
+
+def latents_of(pipeline, prompt=PROMPT, **settings):
+    settings = {"seed": 7, "num_inference_steps": 4, "num_frames": 4} | settings
+    *_, last = pipeline.denoise(pipeline.params(prompt, **settings))
+    return last.latents
+
+
+def rows_of_each_call(pipeline, **settings):
+    rows = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    try:
+        latents_of(pipeline, **settings)
+    finally:
+        handle.remove()
+    return rows
+
+
+def test_three_lines_make_a_video(tiny_pipeline, tmp_path):
+    video = tiny_pipeline.generate(PROMPT, seed=7)
+    assert video.frames.shape == (8, 64, 64, 3)
+    assert video.frames.dtype == torch.uint8
+    assert video.frames.float().std() > 10
+    assert video.save(tmp_path / "x.mp4").stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(tiny_pipeline):
+    settings = {"num_frames": 4, "num_inference_steps": 3}
+    first, same, other = (tiny_pipeline.generate(PROMPT, seed=seed, **settings) for seed in (7, 7, 8))
+    assert first.encode() == same.encode()
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_seed_zero_is_a_seed(tiny_pipeline):
+    assert torch.equal(latents_of(tiny_pipeline, seed=0), latents_of(tiny_pipeline, seed=0))
+
+
+def test_prompt_and_negative_prompt_steer_the_video(tiny_pipeline):
+    plain = latents_of(tiny_pipeline)
+    assert not torch.allclose(latents_of(tiny_pipeline, prompt="A red car."), plain, atol=1e-2)
+    assert not torch.allclose(latents_of(tiny_pipeline, negative_prompt="bamboo"), plain, atol=1e-2)
+
+
+def test_guidance_costs_one_call_of_two_rows_and_none_of_it_one_row(tiny_pipeline):
+    assert rows_of_each_call(tiny_pipeline, guidance_scale=9.0) == [2] * 4
+    assert rows_of_each_call(tiny_pipeline, guidance_scale=1.0) == [1] * 4
+    assert rows_of_each_call(tiny_pipeline, guidance_scale=0.0) == [1] * 4
+
+
+def test_guidance_of_one_is_the_limit_of_guidance(tiny_pipeline_float64):
+    alone, limit = (latents_of(tiny_pipeline_float64, guidance_scale=scale) for scale in (1.0, 1.0 + 1e-12))
+    torch.testing.assert_close(alone, limit, rtol=0, atol=1e-8)
+
+
+def test_all_words_of_a_long_prompt_count(tiny_pipeline):
+    words = "a panda eats bamboo " * 40
+    assert not torch.allclose(
+        latents_of(tiny_pipeline, prompt=words + "at night"),
+        latents_of(tiny_pipeline, prompt=words + "by day"),
+        atol=1e-4,
+    )
+
+
+def test_a_long_prompt_and_a_short_negative_prompt_go_together(tiny_pipeline):
+    assert latents_of(tiny_pipeline, prompt="panda " * 200, negative_prompt="dark").isfinite().all()
+    assert latents_of(tiny_pipeline, negative_prompt="dark " * 200).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_a_request_resumed_at_any_step_ends_as_if_never_stopped(tiny_pipeline, sampler):
+    params = tiny_pipeline.params(PROMPT, seed=3, sampler=sampler, num_inference_steps=6, num_frames=4)
+    steps = list(tiny_pipeline.denoise(params))
+    assert [step.step_index for step in steps] == [1, 2, 3, 4, 5, 6]
+    conditioning, plan = tiny_pipeline.encode_prompt(params), tiny_pipeline.plan(params)
+    for resumed in steps[:-1]:
+        trajectory = dataclasses.replace(resumed, latents=resumed.latents.clone(), history=resumed.history.clone())
+        while not trajectory.is_finished:
+            trajectory = tiny_pipeline.step(trajectory, plan, conditioning)
+        assert torch.equal(trajectory.latents, steps[-1].latents)
+
+
+def test_a_request_that_is_no_longer_wanted_is_dropped_between_steps(tiny_pipeline):
+    calls = []
+    handle = tiny_pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for trajectory in tiny_pipeline.denoise(tiny_pipeline.params(PROMPT, num_inference_steps=50, num_frames=2)):
+            if trajectory.step_index == 3:
+                break
+    finally:
+        handle.remove()
+    assert len(calls) == 3
+
+
+def test_two_requests_interleaved_do_not_disturb_each_other(tiny_pipeline):
+    settings = {"num_inference_steps": 4, "num_frames": 4, "sampler": "euler_a"}
+    params = [tiny_pipeline.params(PROMPT, seed=seed, **settings) for seed in (1, 2)]
+    *_, together = zip(*(tiny_pipeline.denoise(p) for p in params), strict=True)
+    for p, interleaved in zip(params, together, strict=True):
+        *_, alone = tiny_pipeline.denoise(p)
+        assert torch.equal(interleaved.latents, alone.latents)
+
+
+@pytest.mark.parametrize(("dtype", "least_psnr"), [(torch.float16, 40.0), (torch.bfloat16, 25.0)])
+def test_lower_precision_gives_nearly_the_same_video(tiny_checkpoint, tiny_pipeline, dtype, least_psnr):
+    settings = {"seed": 7, "num_inference_steps": 10, "num_frames": 4}
+    exact = tiny_pipeline.generate(PROMPT, **settings).frames.double()
+    rounded = load(tiny_checkpoint, device="cpu", dtype=dtype).generate(PROMPT, **settings).frames.double()
+    psnr = 10 * torch.log10(255.0**2 / (exact - rounded).square().mean())
+    assert psnr >= least_psnr
+
+
+@pytest.mark.parametrize("size", [(8, 8), (72, 40), (200, 56)])
+def test_any_multiple_of_eight_is_a_size(tiny_pipeline, size):
+    width, height = size
+    video = tiny_pipeline.generate(PROMPT, width=width, height=height, num_frames=2, num_inference_steps=2)
+    assert video.frames.shape == (2, height, width, 3)
+
+
+@pytest.fixture
+def input_video(tiny_pipeline, tmp_path):
+    video = tiny_pipeline.generate(PROMPT, seed=1, num_inference_steps=3, num_frames=6)
+    return video.save(tmp_path / "input.mp4")
+
+
+def test_a_weak_edit_stays_close_to_its_input_and_a_strong_one_does_not(tiny_pipeline, input_video):
+    def difference(strength):
+        params = tiny_pipeline.params(PROMPT, video=input_video, strength=strength, seed=2, num_inference_steps=50)
+        plan = tiny_pipeline.plan(params)
+        start = tiny_pipeline.start(params, plan).latents
+        x0 = tiny_pipeline.autoencoder.encode(params.video.permute(3, 0, 1, 2)[None] / 127.5 - 1).mean[0]
+        return (start - x0).norm() / x0.norm()
+
+    assert difference(0.04) < 0.5 * difference(0.5) < difference(0.98)
+
+
+def test_an_input_video_decides_the_number_of_frames_unless_asked_otherwise(tiny_pipeline, input_video):
+    assert tiny_pipeline.params(PROMPT, video=input_video).num_frames == 6
+    assert tiny_pipeline.params(PROMPT, video=input_video, num_frames=4).num_frames == 4
+    assert tiny_pipeline.params(PROMPT, video=input_video).strength == 0.6
+    with pytest.raises(UnreadableVideo, match="6"):
+        tiny_pipeline.params(PROMPT, video=input_video, num_frames=7)
+
+
+def test_a_wrong_size_is_found_before_the_input_video_is_read(tiny_pipeline, tmp_path):
+    with pytest.raises(InvalidRequest, match="width 100"):
+        tiny_pipeline.params(PROMPT, video=tmp_path / "missing.mp4", width=100)
+
+
+def test_values_that_are_not_finite_are_an_error_and_not_a_black_video(tiny_checkpoint):
+    pipeline = load(tiny_checkpoint, device="cpu", dtype=torch.float32)
+    pipeline.unet.conv_out.bias[0] = torch.nan
+    with pytest.raises(GenerationFailed, match="not finite: use bf16 or fp32"):
+        pipeline.generate(PROMPT, num_inference_steps=2, num_frames=2)
+
+    pipeline = load(tiny_checkpoint, device="cpu", dtype=torch.float32)
+    pipeline.autoencoder.decoder.conv_out.bias[0] = torch.inf
+    with pytest.raises(GenerationFailed, match="not finite"):
+        pipeline.generate(PROMPT, num_inference_steps=2, num_frames=2)
+
+
+def test_the_video_says_what_it_was_made_from(tiny_pipeline):
+    metadata = tiny_pipeline.generate(PROMPT, seed=7, num_inference_steps=2, num_frames=2).metadata()
+    assert metadata["title"] == PROMPT
+    assert metadata["seed"] == "7"
+    assert metadata["model"] == tiny_pipeline.name
+    assert "AI-generated" in metadata["comment"]
+    assert '"sampler": "dpmpp_2m"' in metadata["settings"]

@@ -1,0 +1,38 @@
+"""What the README says works, word by word."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from t2v_core.cli import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_examples_run_one_after_the_other(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL))
+    assert "damo-vilab/text-to-video-ms-1.7b" in code
+    smaller = code.replace("damo-vilab/text-to-video-ms-1.7b", str(tiny_checkpoint))
+    smaller = smaller.replace("width=256, height=256, num_frames=16", "width=64, height=64, num_frames=4")
+    names: dict[str, object] = {}
+    exec(smaller, names)
+    assert (tmp_path / "panda.mp4").stat().st_size > 1000
+    assert names["edited"].params.num_frames == 8
+    assert "step 10 of 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", re.findall(r"`([a-z_]+(?:\.py|/))`", README))
+def test_every_file_of_the_tour_exists(path):
+    assert (ROOT / path).exists() or (ROOT / "t2v_core" / path).exists()
+
+
+def test_the_options_named_exist():
+    options = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
+    commands = re.findall(r"^    t2v .+$", README, flags=re.MULTILINE)
+    assert commands
+    for option in re.findall(r"\s(--?[a-z][a-z-]*)", "\n".join(commands)):
+        assert option in options
