@@ -11,7 +11,8 @@ from torch import Tensor
 from t2v_core.config import ModelConfig
 from t2v_core.errors import OutputError
 from t2v_core.weights.checkpoint import Checkpoint
-from t2v_core.weights.diffusers_layout import config_files, text_tower_to_clip, tokenizer_files
+from t2v_core.weights.diffusers_config import config_files
+from t2v_core.weights.diffusers_layout import text_tower_to_clip, tokenizer_files
 from t2v_core.weights.networks import load_autoencoder, load_text_encoder, load_unet
 
 

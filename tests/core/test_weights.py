@@ -63,6 +63,14 @@ def test_half_precision_files_are_read_when_half_is_wanted_and_whole_ones_otherw
     assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
 
 
+def test_whole_precision_in_a_pickle_goes_before_half_precision_in_safetensors(checkpoint, tiny_checkpoint):
+    path = checkpoint / f"{UNET}.safetensors"
+    torch.save(load_file(path), checkpoint / f"{UNET}.bin")
+    save_file({name: t.half() for name, t in load_file(path).items()}, checkpoint / f"{UNET}.fp16.safetensors")
+    path.unlink()
+    assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+
+
 def test_unsuffixed_files_of_half_precision_load_in_any_precision(checkpoint, tiny_checkpoint):
     """As zeroscope ships them: fp16 pickles under the plain name."""
     for stem, pickled in ((UNET, UNET), (VAE, VAE), (TEXT, "text_encoder/pytorch_model")):

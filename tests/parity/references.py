@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
-from t2v_core.weights.diffusers_layout import config_files, text_tower_to_clip
+from t2v_core.weights.diffusers_config import config_files
+from t2v_core.weights.diffusers_layout import text_tower_to_clip
 from t2v_core.weights.random_init import randomise
 
 SMALL_UNET = UNetConfig(
