@@ -18,10 +18,11 @@ def psnr(a, b):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least_psnr"), [(torch.float32, 60.0), (torch.float16, 40.0), (torch.bfloat16, 25.0)]
+    ("dtype", "least_psnr"), [(torch.float32, 50.0), (torch.float16, 40.0), (torch.bfloat16, 25.0)]
 )
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a"])
 def test_a_seed_gives_the_video_that_it_gives_on_the_cpu(tiny_checkpoint, tiny_pipeline, dtype, least_psnr, sampler):
+    """float32 is not exact either: torch lets convolutions on a GPU round their inputs to TF32."""
     on_cpu = tiny_pipeline.generate(PROMPT, sampler=sampler, **SETTINGS).frames
     on_gpu = load(tiny_checkpoint, device="cuda", dtype=dtype).generate(PROMPT, sampler=sampler, **SETTINGS).frames
     assert on_gpu.device.type == "cpu"
