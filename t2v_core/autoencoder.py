@@ -43,7 +43,10 @@ class Autoencoder(nn.Module):
         """The latents' distribution. video: (b, 3, f, h, w) in [-1, 1], sides multiples of 8."""
         b, _, _, h, w = video.shape
         frames = rearrange(video, "b c f h w -> (b f) c h w")
-        parts = [self.quant_conv(self.encoder(chunk)) for chunk in torch.split(frames, _frames_per_chunk(h, w))]
+        parts = [
+            self.quant_conv(self.encoder(_in_fast_layout(chunk)))
+            for chunk in torch.split(frames, frames_per_chunk(h, w))
+        ]
         mean, log_variance = rearrange(torch.cat(parts), "(b f) c h w -> b c f h w", b=b).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return Posterior(mean * self.config.scaling_factor, std * self.config.scaling_factor)
@@ -55,16 +58,22 @@ class Autoencoder(nn.Module):
         """
         frames = rearrange(latents, "c f h w -> f c h w")
         h, w = frames.shape[-2] * SPATIAL_SCALE, frames.shape[-1] * SPATIAL_SCALE
-        for chunk in torch.split(frames, _frames_per_chunk(h, w)):
+        for chunk in torch.split(frames, frames_per_chunk(h, w)):
             yield self.decode_frames(chunk)
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """Frames from their latents, at once. latents: (f, c, h, w) -> (f, 3, 8h, 8w), about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        return self.decoder(self.post_quant_conv(_in_fast_layout(latents / self.config.scaling_factor)))
 
 
-def _frames_per_chunk(height: int, width: int) -> int:
+def frames_per_chunk(height: int, width: int) -> int:
+    """How many frames of this size, in pixels, are coded at once."""
     return max(1, _MAX_PIXELS_PER_CHUNK // (height * width))
+
+
+def _in_fast_layout(frames: Tensor) -> Tensor:
+    """With channels last in memory a CPU decodes in three quarters of the time; a GPU normalises more slowly."""
+    return frames.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else frames
 
 
 class Encoder(nn.Module):

@@ -1,12 +1,15 @@
 """The command line: `t2v generate`, `t2v convert`, `t2v random-checkpoint`."""
 
 import logging
+import os
 import resource
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import typer
@@ -14,11 +17,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from t2v_core.config import ModelConfig, SamplerName
-from t2v_core.errors import InvalidRequest, OutputError, T2VError
+from t2v_core.config import GenerationDefaults, ModelConfig, SamplerName
+from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
 from t2v_core.media import VideoFormat, check_encoding, video_format_of
-from t2v_core.params import GenerationParams
-from t2v_core.pipeline import Pipeline, load
+from t2v_core.params import GenerationParams, Settings, resolve
+from t2v_core.pipeline import DTYPES, Pipeline, load
 from t2v_core.video import Video
 from t2v_core.weights import convert as convert_checkpoint
 from t2v_core.weights import open_checkpoint
@@ -27,7 +30,6 @@ from t2v_core.weights.random_init import TINY, write_random_checkpoint
 DEFAULT_MODEL = "damo-vilab/text-to-video-ms-1.7b"
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CANCELLED = 130  # what shells expect of a program that Ctrl-C ended
 
 app = typer.Typer(
@@ -67,28 +69,27 @@ def generate(
     with _errors_explained(console):
         destination = _destination(output, format)
         width, height = _sides(size)
-        with console.status(f"Loading {model}"):
-            pipeline = load(model, revision=revision, device=device, dtype=_DTYPES[dtype] if dtype else None)
-        params = pipeline.params(
-            prompt,
-            video=input_video,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            fps=fps,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            eta=eta,
-            seed=seed,
-            strength=strength,
-            format=video_format_of(destination),
-        )
-        check_encoding(params.format, params.fps, crf)
+        settings: Settings = {
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "num_frames": num_frames,
+            "fps": fps,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "sampler": sampler,
+            "eta": eta,
+            "seed": seed,
+            "strength": strength,
+            "format": video_format_of(destination),
+        }
+        _check_before_loading(prompt, settings, input_video, crf)
+        console.print(f"Loading {model}", soft_wrap=True, highlight=False)
+        pipeline = load(model, revision=revision, device=device, dtype=dtype)
+        params = pipeline.params(prompt, video=input_video, **settings)
         started = time.monotonic()
         video = _generate(console, pipeline, params)
-        video.save(destination, crf=crf)
+        _save(video, destination, crf)
         seconds = time.monotonic() - started
         console.print(
             f"{destination}: {params.num_frames} frames of {params.width}x{params.height}, seed {params.seed}, "
@@ -116,7 +117,7 @@ def convert(
     with _errors_explained(console):
         checkpoint = open_checkpoint(source, revision=revision, half=dtype == "fp16")
         with console.status(f"Converting {source}"):
-            convert_checkpoint(checkpoint, destination, _DTYPES[dtype])
+            convert_checkpoint(checkpoint, destination, DTYPES[dtype])
         console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
 
 
@@ -130,11 +131,9 @@ def random_checkpoint(
     """Write a checkpoint of random weights, to try or to measure without a download. Its videos show nothing."""
     console = _console()
     with _errors_explained(console):
-        if destination.exists():
-            raise OutputError(f"{destination}: already exists; remove it, or choose another folder")
         config = TINY if size == "tiny" else ModelConfig()
         with console.status("Drawing weights"):
-            write_random_checkpoint(destination, config, seed=seed, dtype=_DTYPES[dtype])
+            write_random_checkpoint(destination, config, seed=seed, dtype=DTYPES[dtype])
         console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
 
 
@@ -149,17 +148,38 @@ def _generate(console: Console, pipeline: Pipeline, params: GenerationParams) ->
         return Video(pipeline.decode(latents), params, pipeline.name)
 
 
+def _check_before_loading(prompt: str, settings: Settings, input_video: Path | None, crf: int | None) -> None:
+    """Find a mistake before gigabytes are fetched for it, as far as the checkpoint need not be known."""
+    if input_video is not None:
+        if not input_video.is_file():
+            raise UnreadableVideo(f"{input_video}: no such file; name a video")
+        settings = {**settings, "strength": None}  # checked with the video
+    params = resolve(prompt, settings, GenerationDefaults())
+    check_encoding(params.format, params.fps, crf)
+
+
+def _save(video: Video, destination: Path, crf: int | None) -> None:
+    """Write the video, or keep it elsewhere if that fails: it may have taken an hour."""
+    try:
+        video.save(destination, crf=crf)
+    except OutputError as error:
+        kept = video.save(Path(tempfile.mkdtemp(prefix="t2v-")) / destination.name, crf=crf)
+        raise OutputError(f"{error}. The video is kept as {kept}") from error
+
+
 def _destination(output: Path | None, format: VideoFormat | None) -> Path:
     """Where the video will go, checked before any work is done for it."""
     if output is None:
         output = Path(f"video.{format or 'mp4'}")
-    elif format is not None and not output.suffix:
-        output = output.with_suffix(f".{format}")
+    elif format is not None and output.suffix.lower().removeprefix(".") not in get_args(VideoFormat):
+        output = output.with_name(f"{output.name}.{format}")
     if format is not None and video_format_of(output) != format:
         raise InvalidRequest(f"format {format} for {output}: they differ; leave one out", param="format")
     video_format_of(output)
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}; create it first")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise OutputError(f"{output}: a file cannot be written there; choose another path")
     return output
 
 
@@ -181,10 +201,6 @@ def _errors_explained(console: Console) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("Cancelled; nothing was written.")
         raise typer.Exit(_CANCELLED) from None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        console.print(f"Error: {reason}. Try fewer frames, a smaller size, or --dtype fp16.", markup=False)
-        raise typer.Exit(1) from None
     except T2VError as error:
         console.print(f"Error: {error}", markup=False, soft_wrap=True, highlight=False)
         raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
@@ -197,7 +213,8 @@ def _console() -> Console:
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

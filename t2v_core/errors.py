@@ -9,6 +9,7 @@ Every message holds three things: the value, the rule it broke, and the remedy.
     │   ├── CheckpointNotFound  no such folder, hub id, revision or file
     │   └── UnsafeCheckpoint    a pickle holds more than tensors and plain values
     ├── GenerationFailed        the networks ran and produced nothing usable
+    │   └── OutOfMemory         this device cannot hold the request
     └── OutputError             the video could not be written
 """
 
@@ -51,5 +52,9 @@ class GenerationFailed(T2VError):
     """The model produced values that are not finite."""
 
 
+class OutOfMemory(GenerationFailed):
+    """The device's memory cannot hold this request."""
+
+
 class OutputError(T2VError):
-    """Writing the result failed. Nothing is left at the destination."""
+    """Writing the result failed. The destination is as it was before."""

@@ -33,6 +33,6 @@ def predict_eps(unet: nn.Module, latents: Tensor, timesteps: Tensor, conditionin
     out = unet(latents[rows].to(text_embeds.dtype), timesteps[rows], text_embeds).to(latents.dtype)
     eps, eps_uncond = out[: len(conditionings)], out[len(conditionings) :]
     if guided:
-        scales = torch.tensor([conditionings[row].guidance_scale for row in guided]).to(eps).view(-1, 1, 1, 1, 1)
+        scales = eps.new_tensor([conditionings[row].guidance_scale for row in guided]).view(-1, 1, 1, 1, 1)
         eps[guided] = eps_uncond + scales * (eps[guided] - eps_uncond)
     return eps

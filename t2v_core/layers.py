@@ -71,7 +71,7 @@ class ResnetBlock(nn.Module):
 class TemporalConvLayer(nn.Module):
     """Four convolutions over time and a shortcut around all of them. Normalisation spans all frames."""
 
-    def __init__(self, channels: int, *, groups: int, dropout: float = 0.1) -> None:
+    def __init__(self, channels: int, *, groups: int) -> None:
         super().__init__()
 
         def conv(drop: list[nn.Module]) -> nn.Sequential:
@@ -79,9 +79,9 @@ class TemporalConvLayer(nn.Module):
             return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *drop, over_time)
 
         self.conv1 = conv([])  # the references drop nothing here, which shifts the names of the weights
-        self.conv2 = conv([nn.Dropout(dropout)])
-        self.conv3 = conv([nn.Dropout(dropout)])
-        self.conv4 = conv([nn.Dropout(dropout)])
+        self.conv2 = conv([nn.Dropout(0.1)])
+        self.conv3 = conv([nn.Dropout(0.1)])
+        self.conv4 = conv([nn.Dropout(0.1)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, c, f, h, w), same shape out."""

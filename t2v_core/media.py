@@ -81,7 +81,7 @@ def video_format_of(path: Path | str) -> VideoFormat:
             return video_format
     allowed = ", ".join(f".{video_format}" for video_format in _CODECS)
     raise InvalidRequest(
-        f"file name {str(path)!r}: the suffix must be one of {allowed}: rename it or name a format",
+        f"file name {str(path)!r}: the suffix must be one of {allowed}; rename it",
         param="format",
     )
 

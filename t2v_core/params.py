@@ -5,24 +5,24 @@ import math
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, TypeVar, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from t2v_core.config import SAMPLER_NAMES, GenerationDefaults, SamplerName
 from t2v_core.errors import InvalidRequest
-from t2v_core.media import VideoFormat
+from t2v_core.media import VideoFormat, check_encoding
 from t2v_core.shapes import SPATIAL_SCALE, VideoShape
-from t2v_core.video_input import VideoLimits, read_video
+from t2v_core.video_input import VideoLimits, cover, read_video
 
-T = TypeVar("T")
+InputVideo = Path | str | bytes | Tensor
 
 MAX_PROMPT_CHARACTERS = 4_000  # the byte-pair encoding of one long word takes quadratic time
 MAX_SIDE = 4_096
 MAX_FRAMES = 1_024
 MAX_FPS = 120
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1  # torch's generator on the CPU uses no more bits: larger seeds would be aliases
 
 
 class Settings(TypedDict, total=False):
@@ -42,7 +42,7 @@ class Settings(TypedDict, total=False):
     format: VideoFormat | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationParams:
     """A valid request. Construction raises InvalidRequest for a value or a combination that breaks a rule.
 
@@ -64,7 +64,7 @@ class GenerationParams:
     eta: float = 0.0
     strength: float | None = None
     format: VideoFormat = "mp4"
-    video: Tensor | None = field(default=None, compare=False, repr=False)
+    video: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -93,6 +93,7 @@ class GenerationParams:
                 param="eta",
             )
         _check_choice("format", self.format, get_args(VideoFormat))
+        check_encoding(self.format, self.fps, crf=None)
         self._check_video()
 
     def _check_video(self) -> None:
@@ -138,48 +139,52 @@ class GenerationParams:
 
 
 def resolve(
-    prompt: str, settings: Settings, defaults: GenerationDefaults, video: Path | str | bytes | None = None
+    prompt: str, settings: Settings, defaults: GenerationDefaults, video: InputVideo | None = None
 ) -> GenerationParams:
     """The request that these settings make with a checkpoint's defaults. Without a seed, one is drawn.
 
-    Of an input video (a file, or its bytes) as many frames are taken as are asked for or, where nothing is said, up
-    to the checkpoint's own number. Raises InvalidRequest.
+    Of an input video - a file, its bytes, or frames (f, h, w, 3) - as many frames are taken as are asked for or, where
+    nothing is said, up to the checkpoint's own number. Raises InvalidRequest.
     """
     for name in settings:
         if name not in Settings.__annotations__:
             known = ", ".join(Settings.__annotations__)
             raise InvalidRequest(f"{name}: no such setting; there are {known}", param=name)
-    params = GenerationParams(
-        prompt=prompt,
-        negative_prompt=_chosen(settings.get("negative_prompt"), ""),
-        width=_chosen(settings.get("width"), defaults.width),
-        height=_chosen(settings.get("height"), defaults.height),
-        num_frames=_chosen(settings.get("num_frames"), defaults.num_frames),
-        fps=_chosen(settings.get("fps"), defaults.fps),
-        num_inference_steps=_chosen(settings.get("num_inference_steps"), defaults.num_inference_steps),
-        guidance_scale=_chosen(settings.get("guidance_scale"), defaults.guidance_scale),
-        sampler=_chosen(settings.get("sampler"), defaults.sampler),
-        seed=_chosen(settings.get("seed"), secrets.randbits(32)),
-        eta=_chosen(settings.get("eta"), 0.0),
-        strength=None if video is not None else settings.get("strength"),
-        format=_chosen(settings.get("format"), "mp4"),
-    )
+    given = {name: value for name, value in settings.items() if value is not None}
+    given.pop("strength", None)
+    strength = settings.get("strength")
+    usual = dataclasses.asdict(defaults) | {"negative_prompt": "", "seed": secrets.randbits(32)}
+    usual.pop("strength")
+    values: dict[str, Any] = usual | given  # Any: each is checked by the type that it is for
+    params = GenerationParams(prompt=prompt, strength=strength if video is None else None, **values)
     if video is None:
         return params
-    frames = read_video(
-        video,
-        width=params.width,
-        height=params.height,
-        fps=params.fps,
-        num_frames=settings.get("num_frames"),
-        limits=VideoLimits(max_frames=params.num_frames),
-    )
-    strength = _chosen(settings.get("strength"), defaults.strength)
+    if isinstance(video, Tensor):
+        frames = _frames_of(video, settings.get("num_frames") or min(len(video), params.num_frames), params)
+    else:
+        frames = read_video(
+            video,
+            width=params.width,
+            height=params.height,
+            fps=params.fps,
+            num_frames=settings.get("num_frames"),
+            limits=VideoLimits(max_frames=params.num_frames),
+        )
+    strength = defaults.strength if strength is None else strength
     return dataclasses.replace(params, num_frames=len(frames), strength=strength, video=frames)
 
 
-def _chosen(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _frames_of(video: Tensor, num_frames: int, params: GenerationParams) -> Tensor:
+    if video.dtype != torch.uint8 or video.dim() != 4 or video.shape[-1] != 3 or not video.numel():
+        raise InvalidRequest(
+            f"video is {video.dtype} {tuple(video.shape)}: must be torch.uint8 (frames, height, width, RGB)",
+            param="video",
+        )
+    if len(video) < num_frames:
+        raise InvalidRequest(
+            f"video has {len(video)} frames and {num_frames} are needed: ask for fewer, or give more", param="video"
+        )
+    return cover(video[:num_frames].cpu(), params.height, params.width)
 
 
 def _check_text(name: str, value: object) -> None:

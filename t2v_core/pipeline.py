@@ -1,7 +1,8 @@
 """One process, one video: prompt -> text embeddings -> noise -> latents -> frames. Read this first."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
 
@@ -9,11 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from t2v_core.autoencoder import Autoencoder
+from t2v_core.autoencoder import Autoencoder, frames_per_chunk
 from t2v_core.config import GenerationDefaults
-from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from t2v_core.guidance import Conditioning, predict_eps
-from t2v_core.params import GenerationParams, Settings, resolve
+from t2v_core.params import GenerationParams, InputVideo, Settings, resolve
 from t2v_core.samplers import Coefficients, coefficients, update
 from t2v_core.schedule import Schedule
 from t2v_core.text_encoder import TextEncoder, Tokenizer
@@ -23,34 +24,49 @@ from t2v_core.video import Video
 from t2v_core.weights import load_autoencoder, load_text_encoder, load_unet, open_checkpoint
 
 
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator has no error class of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).partition(". ")[0].strip()
+        raise OutOfMemory(f"{reason}: use fewer frames, a smaller size, or half precision") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """The three networks of a checkpoint on one device. It holds no state of any request."""
 
     name: str
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    unet: UNet3D
-    autoencoder: Autoencoder
-    schedule: Schedule
+    tokenizer: Tokenizer = field(repr=False)
+    text_encoder: TextEncoder = field(repr=False)
+    unet: UNet3D = field(repr=False)
+    autoencoder: Autoencoder = field(repr=False)
+    schedule: Schedule = field(repr=False)
     defaults: GenerationDefaults
     device: torch.device
     dtype: torch.dtype
 
-    def generate(self, prompt: str, *, video: Path | str | None = None, **settings: Unpack[Settings]) -> Video:
+    def generate(self, prompt: str, *, video: Video | InputVideo | None = None, **settings: Unpack[Settings]) -> Video:
         """A video of what the prompt says or, with an input `video`, that video made anew.
 
-        Settings that are not given are the checkpoint's own; see `Settings`. Raises InvalidRequest for what is
-        not allowed, GenerationFailed where the numbers are no longer finite.
+        The input is another `Video`, a file, its bytes, or frames (f, h, w, 3). Settings that are not given are the
+        checkpoint's own; see `Settings`. Raises InvalidRequest for what is not allowed, OutOfMemory, and
+        GenerationFailed where the numbers are no longer finite.
         """
         params = self.params(prompt, video=video, **settings)
         for trajectory in self.denoise(params):
             latents = trajectory.latents
         return Video(self.decode(latents), params, self.name)
 
-    def params(self, prompt: str, *, video: Path | str | None = None, **settings: Unpack[Settings]) -> GenerationParams:
+    def params(
+        self, prompt: str, *, video: Video | InputVideo | None = None, **settings: Unpack[Settings]
+    ) -> GenerationParams:
         """A valid request, with every setting filled in and the input video read. Raises InvalidRequest."""
-        return resolve(prompt, settings, self.defaults, video)
+        return resolve(prompt, settings, self.defaults, video.frames if isinstance(video, Video) else video)
 
     def denoise(self, params: GenerationParams) -> Iterator[Trajectory]:
         """The request after each of its steps. Stop iterating to cancel; the last latents are the video's.
@@ -66,12 +82,13 @@ class Pipeline:
         self._check_finite(trajectory.latents)
 
     @torch.inference_mode()
+    @_out_of_memory_explained()
     def encode_prompt(self, params: GenerationParams) -> Conditioning:
         """The text embeddings of the prompt and, where guidance is on, of the negative prompt."""
         prompt = self.tokenizer(params.prompt)
         if params.guidance_scale <= 1.0:
             return Conditioning(self.text_encoder.encode([prompt])[0], None, params.guidance_scale)
-        negative = self.tokenizer(params.negative_prompt)
+        negative = self.tokenizer(params.negative_prompt, param="negative_prompt")
         # Both rows go through the UNet together, so the shorter text is filled up with empty pieces.
         num_chunks = max(len(prompt), len(negative))
         padded = [torch.cat([ids, self.tokenizer("").repeat(num_chunks - len(ids), 1)]) for ids in (prompt, negative)]
@@ -85,21 +102,22 @@ class Pipeline:
         )
 
     @torch.inference_mode()
+    @_out_of_memory_explained()
     def start(self, params: GenerationParams, plan: Coefficients) -> Trajectory:
         """The request before its first step: noise or, from an input video, its latents with noise on top."""
         shape = params.shape.latents()
         source = NoiseSource(params.seed)
         if params.video is None:
-            latents = plan.noise_scale * source.video(shape).to(self._latents_like)
+            latents = plan.noise_scale * self._to_latents(source.video(shape))
         else:
-            pixels = rearrange(params.video.to(self._latents_like) / 127.5 - 1.0, "f h w c -> 1 c f h w")
-            mean, std = (part[0].to(self._latents_like) for part in self.autoencoder.encode(pixels.to(self.dtype)))
-            x0 = mean + std * source.frames(shape).to(self._latents_like)
-            noise = source.frames(shape).to(self._latents_like)
+            mean, std = self._encode(params.video)
+            x0 = mean + std * self._to_latents(source.frames(shape))
+            noise = self._to_latents(source.frames(shape))
             latents = plan.alpha[0].to(x0) * x0 + plan.sigma[0].to(x0) * noise
         return Trajectory.start(latents, source.state, plan.num_steps)
 
     @torch.inference_mode()
+    @_out_of_memory_explained()
     def step(self, trajectory: Trajectory, plan: Coefficients, conditioning: Conditioning) -> Trajectory:
         """The request one step further."""
         i = trajectory.step_index
@@ -110,11 +128,12 @@ class Pipeline:
         noise, noise_state = None, trajectory.noise_state
         if plan.draws_noise(i):
             source = NoiseSource(state=noise_state)
-            noise, noise_state = source.frames(trajectory.shape).to(latents)[None], source.state
+            noise, noise_state = self._to_latents(source.frames(trajectory.shape))[None], source.state
         latents, history = update(latents, eps, trajectory.history[None], noise, plan.row(i)[None])
         return Trajectory(latents[0], history[0], noise_state, trajectory.num_steps, i + 1)
 
     @torch.inference_mode()
+    @_out_of_memory_explained()
     def decode(self, latents: Tensor) -> Tensor:
         """Frames from final latents: (c, f, h, w) -> uint8 (f, 8h, 8w, 3), on the CPU. Raises GenerationFailed."""
         chunks = []
@@ -124,10 +143,19 @@ class Pipeline:
             chunks.append(rearrange(pixels.to(torch.uint8), "f c h w -> f h w c").cpu())
         return torch.cat(chunks)
 
-    @property
-    def _latents_like(self) -> Tensor:
-        """Latents are kept in float32, whatever the networks run in, so that steps do not add up rounding."""
-        return torch.empty(0, device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of uint8 frames (f, h, w, 3), a chunk at a time: two of (c, f, h, w)."""
+        means, stds = [], []
+        for chunk in torch.split(frames, frames_per_chunk(*frames.shape[1:3])):
+            pixels = rearrange(self._to_latents(chunk) / 127.5 - 1.0, "f h w c -> 1 c f h w")
+            mean, std = self.autoencoder.encode(pixels.to(self.dtype))
+            means.append(self._to_latents(mean[0]))
+            stds.append(self._to_latents(std[0]))
+        return torch.cat(means, dim=1), torch.cat(stds, dim=1)
+
+    def _to_latents(self, values: Tensor) -> Tensor:
+        """On the device, in float32 or better: whatever the networks run in, steps must not add up rounding."""
+        return values.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def _check_finite(self, values: Tensor) -> None:
         if not values.isfinite().all():
@@ -137,43 +165,61 @@ class Pipeline:
             )
 
 
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
 def load(
     model: str | Path,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Pipeline:
     """A checkpoint ready to generate: a folder or a hub id, in the diffusers or the ModelScope layout.
 
-    `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in
-    float16 there and in float32 on the CPU, unless `dtype` says otherwise.
-    Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device that is not there.
+    `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in fp16
+    there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own.
+    Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used.
     """
-    place = _device(device)
-    if dtype is None:
-        dtype = torch.float16 if place.type == "cuda" else torch.float32
-    checkpoint = open_checkpoint(model, revision=revision, half=dtype == torch.float16)
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    checkpoint = open_checkpoint(model, revision=revision, half=torch_dtype == torch.float16)
+    folder = Path(model).expanduser()
     return Pipeline(
-        name=checkpoint.name,
+        # It is written into videos, and where a folder lies is nobody's business.
+        name=folder.resolve().name if folder.is_dir() else checkpoint.name,
         tokenizer=Tokenizer(checkpoint.config.text_encoder.context_length),
-        text_encoder=load_text_encoder(checkpoint, place, dtype),
-        unet=load_unet(checkpoint, place, dtype),
-        autoencoder=load_autoencoder(checkpoint, place, dtype),
+        text_encoder=load_text_encoder(checkpoint, torch_device, torch_dtype),
+        unet=load_unet(checkpoint, torch_device, torch_dtype),
+        autoencoder=load_autoencoder(checkpoint, torch_device, torch_dtype),
         schedule=Schedule(checkpoint.config.schedule),
         defaults=checkpoint.config.defaults,
-        device=place,
-        dtype=dtype,
+        device=torch_device,
+        dtype=torch_dtype,
     )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise InvalidRequest(f"device {device}: cannot be used here ({reason}); use cpu", param="device") from error
-    return place
+        raise InvalidRequest(f"device {name}: cannot be used here ({reason}); use cpu", param="device") from error
+    return device
+
+
+def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
+        raise InvalidRequest(f"dtype {name}: must be one of {', '.join(DTYPES)}", param="dtype")
+    return dtype

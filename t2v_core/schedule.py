@@ -19,7 +19,7 @@ class Schedule:
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise scales at timesteps in [0, 999]: (n,) -> two of (n,).
 
-        Between two integers, sigma / alpha is linear in the timestep, as in k-diffusion.
+        Between two integers, sigma / alpha is linear in the timestep, as in diffusers' Euler.
         """
         ratios = ((1.0 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
         below = timesteps.floor().long()

@@ -14,6 +14,7 @@ from t2v_core.errors import InvalidRequest
 
 PADDING_ID = 0  # the UNet attends to padding, so this is part of the model
 MAX_CHUNKS = 8
+_MAX_CACHED_WORDS = 50_000
 
 
 class Tokenizer:
@@ -26,17 +27,19 @@ class Tokenizer:
         self._bpe = SimpleTokenizer(context_length=context_length)
         self._context_length = context_length
 
-    def __call__(self, prompt: str) -> Tensor:
+    def __call__(self, prompt: str, param: str = "prompt") -> Tensor:
         """Token ids, one row of 77 for each 75 tokens of the prompt: (chunks, 77), int64. "" gives one row.
 
-        Raises InvalidRequest for a prompt of more than 8 rows.
+        Raises InvalidRequest, which names `param`, for a prompt of more than 8 rows.
         """
+        if len(self._bpe.cache) > _MAX_CACHED_WORDS:  # else it keeps every word that anybody ever sent
+            self._bpe.cache = {token: token for token in ("<start_of_text>", "<end_of_text>")}
         per_chunk = self._context_length - 2
         tokens = self._bpe.encode(prompt)
         if len(tokens) > MAX_CHUNKS * per_chunk:
             raise InvalidRequest(
-                f"prompt has {len(tokens)} tokens: at most {MAX_CHUNKS * per_chunk} are allowed; shorten it",
-                param="prompt",
+                f"{param} has {len(tokens)} tokens: at most {MAX_CHUNKS * per_chunk} are allowed; shorten it",
+                param=param,
             )
         pieces = [tokens[i : i + per_chunk] for i in range(0, len(tokens), per_chunk)] or [[]]
         ids = torch.full((len(pieces), self._context_length), PADDING_ID, dtype=torch.long)

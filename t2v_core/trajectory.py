@@ -39,7 +39,7 @@ class NoiseSource:
         return rearrange(torch.randn((f, c, h, w), generator=self._generator), "f c h w -> c f h w")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
     """Where a request stands after `step_index` of `num_steps` steps.
 
@@ -58,6 +58,11 @@ class Trajectory:
     def start(cls, latents: Tensor, noise_state: Tensor, num_steps: int) -> Self:
         """A request before its first step. latents: (c, f, h, w)."""
         return cls(latents, torch.zeros_like(latents).repeat(2, 1, 1, 1, 1), noise_state, num_steps)
+
+    @property
+    def x0(self) -> Tensor:
+        """The newest prediction of the final latents, of which a decoder makes a preview: (c, f, h, w)."""
+        return self.history[0]
 
     @property
     def is_finished(self) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -11,18 +11,18 @@ from t2v_core.media import encode_video, save_video
 from t2v_core.params import GenerationParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Video:
     """frames: uint8 (f, h, w, 3), RGB, on the CPU. `model` is the checkpoint that made them."""
 
-    frames: Tensor
+    frames: Tensor = field(repr=False)
     params: GenerationParams
     model: str
 
     def save(self, path: str | Path, *, crf: int | None = None) -> Path:
         """Write an .mp4, .webm or .gif, by the path's suffix. A lower `crf` is larger and closer to the frames.
 
-        Raises OutputError, or InvalidRequest for another suffix; then there is no file.
+        Raises OutputError, or InvalidRequest for another suffix; what was at the path before is still there then.
         """
         return save_video(self.frames, Path(path), fps=self.params.fps, crf=crf, metadata=self.metadata())
 
@@ -32,11 +32,11 @@ class Video:
         return encode_video(self.frames, fps=params.fps, format=params.format, crf=crf, metadata=self.metadata())
 
     def metadata(self) -> dict[str, str]:
-        """What is written into the file, so that it says where it comes from and can be made again."""
+        """What is written into the file, so that it says where it comes from."""
         settings = {
-            field.name: getattr(self.params, field.name)
-            for field in dataclasses.fields(self.params)
-            if field.name not in ("prompt", "video", "format")
+            setting.name: getattr(self.params, setting.name)
+            for setting in dataclasses.fields(self.params)
+            if setting.name not in ("prompt", "video", "format")
         }
         return {
             "title": self.params.prompt,

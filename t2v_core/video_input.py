@@ -125,6 +125,18 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
     return rearrange(resized, "f c h w -> f h w c").contiguous()
 
 
+def cover(frames: Tensor, height: int, width: int, pixel_aspect: float = 1.0) -> Tensor:
+    """Frames scaled to cover a size and cropped around their centre. (f, h, w, c) uint8 -> (f, height, width, c).
+
+    pixel_aspect: how much wider than high a pixel is.
+    """
+    _, h, w, _ = frames.shape
+    crop_w = max(1, min(w, round(h * width / height / pixel_aspect)))
+    crop_h = max(1, min(h, round(w * height / width * pixel_aspect)))
+    top, left = (h - crop_h) // 2, (w - crop_w) // 2
+    return resize(frames[:, top : top + crop_h, left : left + crop_w], height, width)
+
+
 @contextmanager
 def _open(source: Path | str | bytes, limits: VideoLimits) -> Iterator[_Input]:
     """The source, opened by its demuxer. FFmpeg's errors become UnreadableVideo, also inside the block."""
@@ -292,11 +304,7 @@ def _cover(frame: av.VideoFrame, stream: VideoStream, width: int, height: int) -
     pixel_aspect = float(stream.sample_aspect_ratio or 1)
     if round(frame.rotation / 90) % 2:
         pixel_aspect = 1 / pixel_aspect
-    h, w, _ = image.shape
-    crop_w = max(1, min(w, round(h * width / height / pixel_aspect)))
-    crop_h = max(1, min(h, round(w * height / width * pixel_aspect)))
-    top, left = (h - crop_h) // 2, (w - crop_w) // 2
-    return resize(image[None, top : top + crop_h, left : left + crop_w], height, width)[0]
+    return cover(image[None], height, width, pixel_aspect)[0]
 
 
 def _rgb(frame: av.VideoFrame) -> Tensor:

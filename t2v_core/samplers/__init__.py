@@ -1,7 +1,5 @@
 """Samplers: each one turns a noise schedule into a table of coefficients; one `update` applies them all."""
 
-from typing import Protocol
-
 from t2v_core.config import SamplerName
 from t2v_core.samplers.coefficients import Coefficients, update
 from t2v_core.samplers.ddim import ddim
@@ -10,20 +8,10 @@ from t2v_core.samplers.euler import euler, euler_a
 from t2v_core.samplers.unipc import unipc
 from t2v_core.schedule import Schedule
 
-__all__ = ["SAMPLERS", "Coefficients", "Sampler", "coefficients", "ddim", "update"]
+__all__ = ["Coefficients", "coefficients", "update"]
 
 
-class Sampler(Protocol):
-    """Plans `num_inference_steps` steps from pure noise, of which those before `first_step` are left out.
-
-    A video-to-video request starts late, at the noise level of `first_step`, on the grid of all steps.
-    """
-
-    def __call__(self, schedule: Schedule, num_inference_steps: int, first_step: int = 0) -> Coefficients: ...
-
-
-SAMPLERS: dict[SamplerName, Sampler] = {
-    "ddim": ddim,
+_SAMPLERS = {
     "euler": euler,
     "euler_a": euler_a,
     "dpmpp_2m": dpmpp_2m,
@@ -35,7 +23,11 @@ SAMPLERS: dict[SamplerName, Sampler] = {
 def coefficients(
     sampler: SamplerName, schedule: Schedule, num_inference_steps: int, *, first_step: int = 0, eta: float = 0.0
 ) -> Coefficients:
-    """A sampler's plan by its name. `eta` is DDIM's alone."""
+    """A sampler's plan, by its name, for `num_inference_steps` steps of which those before `first_step` are left out.
+
+    A video-to-video request starts late, at the noise level of its first step, on the grid of all steps.
+    `eta` is DDIM's alone.
+    """
     if sampler == "ddim":
         return ddim(schedule, num_inference_steps, first_step, eta)
-    return SAMPLERS[sampler](schedule, num_inference_steps, first_step)
+    return _SAMPLERS[sampler](schedule, num_inference_steps, first_step)

@@ -1,10 +1,13 @@
 """Any checkpoint that we read, written in the diffusers layout as safetensors."""
 
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,21 +25,36 @@ def convert(checkpoint: Checkpoint, destination: Path, dtype: torch.dtype) -> No
     Raises CheckpointError as loading does, OutputError where the folder exists or cannot be written; then nothing
     is left of it.
     """
+    cpu = torch.device("cpu")
+    with new_folder(destination) as folder:
+        write_config(folder, checkpoint.config)
+        write_unet(folder, load_unet(checkpoint, cpu, dtype).state_dict())
+        write_autoencoder(folder, load_autoencoder(checkpoint, cpu, dtype).state_dict())
+        write_text_encoder(folder, load_text_encoder(checkpoint, cpu, dtype).state_dict())
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `destination` at the end, or is gone if anything fails on the way.
+
+    Raises OutputError where the destination exists or cannot be written.
+    """
     if destination.exists():
         raise OutputError(f"{destination}: already exists; remove it, or choose another folder")
-    cpu = torch.device("cpu")
-    unfinished = destination.with_name(destination.name + ".unfinished")
+    unfinished: Path | None = None
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_config(unfinished, checkpoint.config)
-        write_unet(unfinished, load_unet(checkpoint, cpu, dtype).state_dict())
-        write_autoencoder(unfinished, load_autoencoder(checkpoint, cpu, dtype).state_dict())
-        write_text_encoder(unfinished, load_text_encoder(checkpoint, cpu, dtype).state_dict())
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        unfinished.chmod(0o755)  # mkdtemp's are private
+        yield unfinished
         unfinished.rename(destination)
-    except OSError as error:
-        raise OutputError(f"{destination}: {error.strerror or error}; free space, or choose another folder") from error
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        raise OutputError(
+            f"{destination}: cannot be written ({error}); free space, or choose another folder"
+        ) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

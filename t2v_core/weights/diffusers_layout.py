@@ -15,7 +15,7 @@ from t2v_core.errors import CheckpointError
 from t2v_core.text_encoder import PADDING_ID
 from t2v_core.weights.checkpoint import Checkpoint
 from t2v_core.weights.diffusers_config import GENERATION_CONFIG, NETWORK_CONFIGS, read_config
-from t2v_core.weights.files import read_tensors
+from t2v_core.weights.files import is_index, read_tensors
 
 MARKER = "model_index.json"
 
@@ -33,9 +33,8 @@ def needed_files(names: Sequence[str], half: bool) -> list[str]:
     for network in _STEMS:
         chosen = _weights_file(names, network, half)
         needed.append(chosen)
-        if chosen.endswith(".index.json"):
-            kind = "safetensors" if ".safetensors." in chosen else "bin"
-            needed += [n for n in names if re.fullmatch(rf"{network}/[^/]*-\d+-of-\d+[^/]*\.{kind}", n)]
+        if is_index(chosen):
+            needed += _shards(names, chosen)
     return needed
 
 
@@ -50,6 +49,14 @@ def open_folder(folder: Path, name: str, half: bool) -> Checkpoint:
         read_autoencoder=lambda: _current_attention_names(read_tensors(paths["vae"])),
         read_text_encoder=lambda: text_tower_from_clip(read_tensors(paths["text_encoder"])),
     )
+
+
+def _shards(names: Sequence[str], index: str) -> list[str]:
+    """The files that an index lists, told by their names: a.safetensors.index.fp16.json, a.fp16-00001-of-00002..."""
+    found = re.fullmatch(r"(.+)(\.safetensors|\.bin)\.index(\.\w+)?\.json", index)
+    assert found, index
+    stem, kind, variant = re.escape(found[1]), re.escape(found[2]), re.escape(found[3] or "")
+    return [name for name in names if re.fullmatch(rf"{stem}{variant}-\d+-of-\d+{kind}", name)]
 
 
 def _weights_file(names: Sequence[str], network: str, half: bool) -> str:

@@ -2,13 +2,14 @@
 
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointNotFound(f"{path}: no such file; {_REDOWNLOAD}")
-    if path.name.endswith(".index.json"):
+    if is_index(path.name):
         index = read_json(path, _ShardIndex)
         shards = sorted(set(index.weight_map.values()))
         return {name: tensor for shard in shards for name, tensor in read_tensors(path.parent / shard).items()}
@@ -54,8 +55,14 @@ def read_json(path: Path, model: type[FileT]) -> FileT:
         ) from error
 
 
+def is_index(name: str) -> bool:
+    """Whether a file lists shards: `.index.json` or, of a variant, `.index.fp16.json`."""
+    return re.search(r"\.index(\.\w+)?\.json$", name) is not None
+
+
 class _ShardIndex(BaseModel):
-    weight_map: dict[str, str]
+    # Bare names of weights: an index must not lead out of its folder, nor back to itself.
+    weight_map: dict[str, Annotated[str, StringConstraints(pattern=r"^[\w.-]+\.(safetensors|bin)$")]]
 
 
 class _Inert:
@@ -78,9 +85,12 @@ _INERT_NAMES = (
 )
 
 
+_UNPICKLING = threading.Lock()  # torch's list of safe names is one for the whole process
+
+
 def _unpickle(path: Path) -> Any:  # Any: a pickle may hold anything
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _INERT_NAMES]):
+        with _UNPICKLING, torch.serialization.safe_globals([(_Inert, name) for name in _INERT_NAMES]):
             # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:
@@ -92,8 +102,7 @@ def _unpickle(path: Path) -> Any:  # Any: a pickle may hold anything
             f"{path}: refused, for it asks to run {code[1]} and only tensors and plain values are allowed; "
             "get the checkpoint as .safetensors, from a source that you trust"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        # All of these are seen for truncated or overwritten files, depending on where they break off.
+    except Exception as error:  # torch's and zipfile's parsers raise a dozen kinds, depending on where bytes are wrong
         raise CheckpointError(f"{path}: not a whole PyTorch file; {_REDOWNLOAD}") from error
 
 

@@ -10,6 +10,8 @@ from t2v_core.errors import CheckpointError, CheckpointNotFound
 from t2v_core.weights import diffusers_layout, modelscope_layout
 from t2v_core.weights.checkpoint import Checkpoint
 
+_LAYOUTS = (diffusers_layout, modelscope_layout)
+
 # Checkpoints of this family that were trained at another size than the first, by folder or repository name.
 _FAMILY = {
     "zeroscope_v2_576w": GenerationDefaults(width=576, height=320, num_frames=24),
@@ -34,7 +36,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, half: boo
             raise CheckpointError(f"{name}: a folder has no revision {revision!r}; leave it out, or give a hub id")
     else:
         folder = _fetch(name, revision, half)
-    checkpoint: Checkpoint = _layout(_file_names(folder), name).open_folder(folder, name, half)
+    markers = [layout.MARKER for layout in _LAYOUTS if (folder / layout.MARKER).is_file()]
+    checkpoint: Checkpoint = _layout(markers, name).open_folder(folder, name, half)
     family_name = Path(name).name
     if family_name in _FAMILY and checkpoint.config.defaults == GenerationDefaults():
         config = dataclasses.replace(checkpoint.config, defaults=_FAMILY[family_name])
@@ -58,14 +61,10 @@ def _fetch(name: str, revision: str | None, half: bool) -> Path:
 
 
 def _layout(names: Sequence[str], model: str) -> ModuleType:
-    for layout in (diffusers_layout, modelscope_layout):
+    for layout in _LAYOUTS:
         if layout.MARKER in names:
             return layout
     raise CheckpointError(
         f"{model}: holds neither {diffusers_layout.MARKER} (diffusers) nor {modelscope_layout.MARKER} (ModelScope); "
         "it is no checkpoint of this family"
     )
-
-
-def _file_names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

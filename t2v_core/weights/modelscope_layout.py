@@ -36,6 +36,8 @@ def open_folder(folder: Path, name: str, half: bool) -> Checkpoint:
     autoencoder_config = _autoencoder_config(read_tensors(autoencoder))
     text_config = _text_encoder_config(read_tensors(text))
     cfg = model.model_cfg
+    if not cfg.temporal_attention:
+        raise CheckpointError(f"{name}: temporal_attention is off; only models with it are known here")
     return Checkpoint(
         name,
         ModelConfig(

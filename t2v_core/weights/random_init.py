@@ -9,7 +9,7 @@ from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import AutoencoderConfig, GenerationDefaults, ModelConfig, TextEncoderConfig, UNetConfig
 from t2v_core.text_encoder import TextEncoder
 from t2v_core.unet3d import UNet3D
-from t2v_core.weights.convert import write_autoencoder, write_config, write_text_encoder, write_unet
+from t2v_core.weights.convert import new_folder, write_autoencoder, write_config, write_text_encoder, write_unet
 
 TINY = ModelConfig(
     unet=UNetConfig(
@@ -26,19 +26,20 @@ TINY = ModelConfig(
 
 
 def write_random_checkpoint(
-    folder: Path, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    destination: Path, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a checkpoint in the diffusers layout, one network in memory at a time.
+    """Write a checkpoint in the diffusers layout to a new folder, one network in memory at a time.
 
-    No weight is zero, as some are at the start of training: each layer takes part in the result.
+    No weight is zero, as some are at the start of training: each layer takes part in the result. Raises OutputError.
     """
     generator = torch.Generator().manual_seed(seed)
-    write_config(folder, config)
     with torch.device("meta"):
         networks = UNet3D(config.unet), Autoencoder(config.autoencoder), TextEncoder(config.text_encoder)
-    for network, write in zip(networks, (write_unet, write_autoencoder, write_text_encoder), strict=True):
-        write(folder, randomise(network.to_empty(device="cpu"), generator).to(dtype).state_dict())
-        network.to("meta")
+    with new_folder(destination) as folder:
+        write_config(folder, config)
+        for network, write in zip(networks, (write_unet, write_autoencoder, write_text_encoder), strict=True):
+            write(folder, randomise(network.to_empty(device="cpu"), generator).to(dtype).state_dict())
+            network.to("meta")
 
 
 def randomise(network: nn.Module, generator: torch.Generator) -> nn.Module:

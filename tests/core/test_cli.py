@@ -77,6 +77,10 @@ def test_video_to_video_and_every_format(tiny_checkpoint, tmp_path):
         (["-o", "panda.avi"], 2, ".avi"),
         (["-o", "panda.mp4", "--format", "gif"], 2, "they differ"),
         (["-o", "no/such/folder/panda.mp4"], 1, "create it first"),
+        (["-o", "..", "--format", "mp4", "--model", "org/unknown", "--num-frames", "0"], 2, "num_frames 0"),
+        (["--model", "org/unknown", "--input-video", "missing.mp4"], 2, "missing.mp4"),
+        (["--model", "org/unknown", "--crf", "99"], 2, "crf 99"),
+        (["--fps", "60", "--format", "gif"], 2, "a gif plays at most 50"),
         (["--crf", "99"], 2, "crf 99"),
         (["--device", "cuda:7"], 2, "device cuda:7"),
         (["--model", "no-such-model"], 1, "no such folder, and not a hub id"),
@@ -92,6 +96,23 @@ def test_a_mistake_is_one_clear_message_and_leaves_nothing(
     assert message in " ".join(done.output.split())
     assert isinstance(done.exception, SystemExit)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_video_is_found_at_once(tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "panda.mp4").mkdir()
+    arguments = ["generate", PROMPT, "--model", "org/unknown", "-o", str(tmp_path / "panda.mp4")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "cannot be written there" in " ".join(done.output.split())
+
+
+def test_a_format_completes_a_name_that_does_not_say_one(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(
+        app, ["generate", PROMPT, "--model", str(tiny_checkpoint), *QUICK, "-o", "panda.v2", "--format", "webm"]
+    )
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["panda.v2.webm"]
 
 
 def test_an_empty_prompt_is_refused(tiny_checkpoint, tmp_path):

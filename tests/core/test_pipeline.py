@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2v_core.config import SAMPLER_NAMES
-from t2v_core.errors import GenerationFailed, InvalidRequest, UnreadableVideo
+from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableVideo
 from t2v_core.pipeline import load
 
 PROMPT = "A panda eating bamboo on a rock."
@@ -151,6 +151,47 @@ def test_an_input_video_decides_the_number_of_frames_unless_asked_otherwise(tiny
     assert tiny_pipeline.params(PROMPT, video=input_video).strength == 0.6
     with pytest.raises(UnreadableVideo, match="6"):
         tiny_pipeline.params(PROMPT, video=input_video, num_frames=7)
+
+
+def test_an_input_video_may_be_a_video_or_its_frames(tiny_pipeline):
+    video = tiny_pipeline.generate(PROMPT, seed=1, num_inference_steps=2, num_frames=6, width=96)
+    for given in (video, video.frames):
+        params = tiny_pipeline.params(PROMPT, video=given)
+        assert params.shape == (6, 64, 64)
+        assert torch.equal(params.video, video.frames[:, :, 16:80])
+    with pytest.raises(InvalidRequest, match="6 frames and 7 are needed"):
+        tiny_pipeline.params(PROMPT, video=video, num_frames=7)
+    with pytest.raises(InvalidRequest, match=r"must be torch\.uint8"):
+        tiny_pipeline.params(PROMPT, video=video.frames.float())
+
+
+def test_encoding_an_input_video_in_chunks_changes_nothing(tiny_pipeline, monkeypatch):
+    frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)
+    params = tiny_pipeline.params(PROMPT, video=frames, seed=3)
+    whole = tiny_pipeline.start(params, tiny_pipeline.plan(params)).latents
+    monkeypatch.setattr("t2v_core.autoencoder._MAX_PIXELS_PER_CHUNK", 2 * 64 * 64)
+    torch.testing.assert_close(tiny_pipeline.start(params, tiny_pipeline.plan(params)).latents, whole)
+
+
+def test_a_preview_of_the_predicted_end_is_nearer_to_it_than_the_noisy_latents(tiny_pipeline):
+    steps = list(tiny_pipeline.denoise(tiny_pipeline.params(PROMPT, seed=3, num_inference_steps=10)))
+    end = steps[-1].latents
+    assert (steps[6].x0 - end).norm() < (steps[6].latents - end).norm()
+
+
+def test_a_request_that_memory_cannot_hold_is_told_what_to_change(tiny_pipeline, monkeypatch):
+    def too_much(*_):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(tiny_pipeline.unet, "forward", too_much)
+    with pytest.raises(OutOfMemory, match="use fewer frames, a smaller size, or half precision"):
+        tiny_pipeline.generate(PROMPT, num_inference_steps=1, num_frames=1)
+
+
+def test_a_text_that_is_too_long_is_named(tiny_pipeline):
+    with pytest.raises(InvalidRequest, match=r"negative_prompt has 800 tokens: at most 600") as caught:
+        tiny_pipeline.generate(PROMPT, negative_prompt="dark " * 800)
+    assert caught.value.param == "negative_prompt"
 
 
 def test_a_wrong_size_is_found_before_the_input_video_is_read(tiny_pipeline, tmp_path):

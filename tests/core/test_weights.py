@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from t2v_core.errors import CheckpointError, CheckpointNotFound, InvalidRequest,
 from t2v_core.pipeline import load
 from t2v_core.weights import convert, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
 from t2v_core.weights.diffusers_layout import needed_files
+from t2v_core.weights.files import read_tensors
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model"
@@ -82,19 +85,43 @@ def test_unsuffixed_files_of_half_precision_load_in_any_precision(checkpoint, ti
     assert {tensor.dtype for tensor in tensors_of(checkpoint).values()} == {torch.float32}
 
 
-def test_sharded_weights_are_joined(checkpoint, tiny_checkpoint):
-    path = checkpoint / f"{UNET}.safetensors"
+def write_shards(path, variant=""):
+    """A file's tensors in two shards and an index, named as diffusers names them; the file itself goes."""
     tensors = load_file(path)
-    names = sorted(tensors)
-    shards = {"a-00001-of-00002.safetensors": names[::2], "a-00002-of-00002.safetensors": names[1::2]}
-    for shard, held in shards.items():
-        save_file({name: tensors[name] for name in held}, checkpoint / "unet" / shard)
-    weight_map = {name: shard for shard, held in shards.items() for name in held}
-    (checkpoint / f"{UNET}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    stem = path.name.removesuffix(".safetensors")
+    weight_map = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        shard = f"{stem}{variant}-0000{number}-of-00002.safetensors"
+        half = {name: tensors[name].half() if variant else tensors[name] for name in names}
+        save_file(half, path.parent / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = path.with_name(f"{stem}.safetensors.index{variant}.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return set(weight_map.values())
+
+
+def test_sharded_weights_are_joined_and_only_those_of_one_precision_fetched(checkpoint, tiny_checkpoint):
+    path = checkpoint / f"{UNET}.safetensors"
+    whole, half = write_shards(path), write_shards(path, ".fp16")
     path.unlink()
     assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
+    halves = tensors_of(checkpoint, half=True)
+    assert torch.equal(halves["UNet3D.conv_in.weight"], halves["UNet3D.conv_in.weight"].half().float())
+
     everything = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()]
-    assert {f"unet/{shard}" for shard in shards} <= set(needed_files(everything, half=False))
+    for wanted, left_out, is_half in ((whole, half, False), (half, whole, True)):
+        needed = {name.removeprefix("unet/") for name in needed_files(everything, half=is_half)}
+        assert wanted <= needed
+        assert not left_out & needed
+
+
+@pytest.mark.parametrize("shard", ["../../secret.safetensors", "diffusion_pytorch_model.safetensors.index.json"])
+def test_an_index_leads_neither_out_of_its_folder_nor_back_to_itself(checkpoint, shard):
+    (checkpoint / f"{UNET}.safetensors").unlink()
+    index = checkpoint / f"{UNET}.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": shard}}))
+    with pytest.raises(CheckpointError, match="weight_map"):
+        load(checkpoint)
 
 
 def test_an_autoencoder_with_the_old_names_of_its_attention_is_the_same(checkpoint, tiny_checkpoint):
@@ -262,6 +289,17 @@ def test_a_folder_has_no_revision(tiny_checkpoint):
         load(tiny_checkpoint, revision="main")
 
 
+@pytest.mark.parametrize("dtype", ["int4", torch.int8])
+def test_a_type_that_networks_cannot_have_is_a_clear_error(tiny_checkpoint, dtype):
+    with pytest.raises(InvalidRequest, match="must be one of fp32, bf16, fp16"):
+        load(tiny_checkpoint, dtype=dtype)
+
+
+def test_a_device_that_holds_no_values_is_a_clear_error(tiny_checkpoint):
+    with pytest.raises(InvalidRequest, match="device meta"):
+        load(tiny_checkpoint, device="meta")
+
+
 def test_a_device_that_is_not_there_is_a_clear_error(tiny_checkpoint):
     with pytest.raises(InvalidRequest, match="device cuda:99"):
         load(tiny_checkpoint, device="cuda:99")
@@ -285,6 +323,37 @@ def test_converting_never_writes_over_a_folder(tiny_checkpoint, tmp_path):
     (tmp_path / "copy").mkdir()
     with pytest.raises(OutputError, match="already exists"):
         convert(open_checkpoint(tiny_checkpoint), tmp_path / "copy", torch.float32)
+
+
+def test_converting_touches_nothing_beside_its_destination(tiny_checkpoint, tmp_path):
+    (tmp_path / "copy.unfinished").mkdir()
+    (tmp_path / "copy.unfinished" / "thesis.txt").write_text("precious")
+    convert(open_checkpoint(tiny_checkpoint), tmp_path / "copy", torch.float32)
+    assert (tmp_path / "copy.unfinished" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["convert", "random-checkpoint"])
+def test_a_full_disk_while_writing_weights_is_a_clear_error_and_leaves_nothing(tiny_checkpoint, tmp_path, command):
+    """A limit on the size of a file stands in for a disk: it breaks the same write in the same way."""
+    arguments = [command, *([str(tiny_checkpoint)] if command == "convert" else []), str(tmp_path / "new")]
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21));"
+        f"from t2v_core.cli import app; app({arguments!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pickles_are_read_by_many_threads_at_once(tmp_path):
+    """torch's list of safe names belongs to the process: two readers must not take each other's away."""
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "score": numpy.float64(0.5)}, path)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(list(tensors) == ["a"] for tensors in pool.map(lambda _: read_tensors(path), range(200)))
 
 
 def test_converting_a_damaged_checkpoint_leaves_nothing(checkpoint, tmp_path):

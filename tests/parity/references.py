@@ -21,7 +21,7 @@ SMALL_UNET = UNetConfig(
     cross_attention_dim=48,
     norm_num_groups=8,
 )
-SMALL_AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64, 64, 96), layers_per_block=2)
+SMALL_AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64, 64, 96), layers_per_block=2, norm_num_groups=8)
 SMALL_TEXT_ENCODER = TextEncoderConfig(width=128, heads=2, layers=3, mlp_width=512)
 
 
