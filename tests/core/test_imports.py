@@ -29,6 +29,7 @@ ALLOWED = {
     "params": {"config", "errors", "media", "shapes", "video_input"},
     "video": {"media", "params"},
     "weights": {"autoencoder", "config", "errors", "text_encoder", "unet3d"},
+    "demo": {"autoencoder", "config", "schedule", "text_encoder", "unet3d", "weights"},
     "pipeline": {
         "autoencoder",
         "config",

@@ -1,0 +1,250 @@
+"""How the demo checkpoint is made: its autoencoder first, then its UNet and text encoder together.
+
+    python -m t2v_core.demo.train CHECKPOINT_FOLDER --work WORK_FOLDER
+
+Everything is drawn, trained and written from one seed. It can be stopped at any time, also by --max-seconds: the same
+command goes on where the last state in the work folder ends. On one H200 it takes about 20 minutes.
+"""
+
+import argparse
+import dataclasses
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from t2v_core.autoencoder import Autoencoder
+from t2v_core.config import ModelConfig
+from t2v_core.demo.captions import random_caption
+from t2v_core.demo.drawing import draw_scenes
+from t2v_core.demo.model import CONFIG
+from t2v_core.demo.scenes import training_scene
+from t2v_core.demo.training_run import LearningSchedule, TrainingRun, save_state
+from t2v_core.schedule import Schedule
+from t2v_core.text_encoder import TextEncoder, Tokenizer
+from t2v_core.unet3d import UNet3D
+from t2v_core.weights.convert import write_autoencoder, write_config, write_text_encoder, write_unet
+
+logger = logging.getLogger(__name__)
+
+_CAPTIONS_A_VIDEO = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides the result, beside the sizes of the networks."""
+
+    seed: int = 0
+    autoencoder_videos: int = 6_000
+    autoencoder_steps: int = 9_000
+    autoencoder_batch: int = 128  # frames
+    autoencoder_learning_rate: float = 1e-3
+    kl_weight: float = 1e-5
+    videos: int = 40_000
+    steps: int = 16_000
+    batch: int = 128  # videos
+    learning_rate: float = 8e-4
+    warmup_steps: int = 300
+    unprompted_share: float = 0.1  # trained without a prompt, for guidance
+    offset_noise: float = 0.1  # else the mean colour is never learnt: even the last timestep shows it
+    ema_decay: float = 0.999
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="where the finished checkpoint goes")
+    parser.add_argument("--work", type=Path, required=True, help="where the state of the training is kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"))
+    for field in dataclasses.fields(Recipe):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
+    arguments = vars(parser.parse_args())
+    recipe = Recipe(**{field.name: arguments[field.name] for field in dataclasses.fields(Recipe)})
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(
+        arguments["checkpoint"],
+        arguments["work"],
+        recipe,
+        torch.device(arguments["device"]),
+        deadline=time.monotonic() + arguments["max_seconds"],
+    )
+
+
+def train(
+    checkpoint: Path,
+    work: Path,
+    recipe: Recipe,
+    device: torch.device,
+    config: ModelConfig = CONFIG,
+    deadline: float = float("inf"),
+) -> None:
+    """Train, or go on training, and write the checkpoint. Raises OutOfTime at the deadline (of time.monotonic)."""
+    work.mkdir(parents=True, exist_ok=True)
+    autoencoder = train_autoencoder(work / "autoencoder.pt", recipe, device, config, deadline)
+    unet, text_encoder = train_denoiser(work / "denoiser.pt", autoencoder, recipe, device, config, deadline)
+    write_config(checkpoint, dataclasses.replace(config, autoencoder=autoencoder.config))
+    for network, write in ((unet, write_unet), (autoencoder, write_autoencoder), (text_encoder, write_text_encoder)):
+        write(checkpoint, {name: tensor.cpu() for name, tensor in network.half().state_dict().items()})
+
+
+def train_autoencoder(
+    state_path: Path, recipe: Recipe, device: torch.device, config: ModelConfig, deadline: float
+) -> Autoencoder:
+    """Frames to latents and back, to the mean square; then the latents are scaled to unit variance."""
+    torch.manual_seed(recipe.seed)
+    autoencoder = Autoencoder(dataclasses.replace(config.autoencoder, scaling_factor=1.0)).to(device)
+    schedule = LearningSchedule(
+        recipe.autoencoder_steps, recipe.autoencoder_learning_rate, recipe.warmup_steps, recipe.ema_decay
+    )
+    run = TrainingRun(state_path, autoencoder, schedule, seed=recipe.seed, deadline=deadline)
+    if not run.is_finished:
+        frames = rearrange(_draw(recipe.autoencoder_videos, recipe.seed, device)[0], "v f h w c -> (v f) c h w")
+        reconstruct = _compiled(lambda x, noise: _autoencoder_loss(autoencoder, x, noise, recipe.kl_weight), device)
+
+        def loss(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(frames), (recipe.autoencoder_batch,), generator=generator, device=device)
+            pixels = frames[rows].float() / 127.5 - 1.0
+            shape = (len(rows), config.autoencoder.latent_channels, pixels.shape[2] // 8, pixels.shape[3] // 8)
+            return reconstruct(pixels, torch.randn(shape, generator=generator, device=device))
+
+        run.train(loss, device)
+        autoencoder.load_state_dict(run.averaged)
+        psnr, std = _quality(autoencoder, frames[:: max(1, len(frames) // 512)])
+        logger.info("autoencoder: psnr %.1f dB, latents' std %.3f", psnr, std)
+        run.finish({"scaling_factor": 1.0 / std, "psnr": psnr})
+    autoencoder.load_state_dict(run.averaged)
+    autoencoder.config = dataclasses.replace(config.autoencoder, scaling_factor=run.notes["scaling_factor"])
+    return autoencoder.requires_grad_(False).eval()
+
+
+def _autoencoder_loss(autoencoder: Autoencoder, pixels: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+    mean, log_variance = autoencoder.quant_conv(autoencoder.encoder(pixels)).float().chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30.0, 20.0)
+    latents = mean + (0.5 * log_variance).exp() * noise
+    decoded = autoencoder.decode_frames(latents).float()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1.0 - log_variance).mean()
+    return F.mse_loss(decoded, pixels) + 0.1 * F.l1_loss(decoded, pixels) + kl_weight * kl
+
+
+@torch.no_grad()
+def _quality(autoencoder: Autoencoder, frames: Tensor) -> tuple[float, float]:
+    """PSNR in dB of frames that were encoded and decoded, and the standard deviation of their latents."""
+    pixels = frames.float() / 127.5 - 1.0
+    latents = autoencoder.encode(rearrange(pixels, "f c h w -> 1 c f h w")).mean
+    decoded = torch.cat(list(autoencoder.decode_chunks(latents[0]))).clamp(-1, 1)
+    error = ((decoded - pixels) / 2).square().mean()
+    return (-10 * error.log10()).item(), latents.std().item()
+
+
+def train_denoiser(
+    state_path: Path,
+    autoencoder: Autoencoder,
+    recipe: Recipe,
+    device: torch.device,
+    config: ModelConfig,
+    deadline: float,
+) -> tuple[UNet3D, TextEncoder]:
+    """UNet and text encoder together, to predict the noise in latents (Ho et al. 2020)."""
+    torch.manual_seed(recipe.seed + 1)
+    unet, text_encoder = UNet3D(config.unet), TextEncoder(config.text_encoder)
+    _begin_as_identity(unet)
+    # A token that is never seen keeps its row of zeros, which compresses to nothing.
+    nn.init.zeros_(text_encoder.tower.token_embedding.weight)
+    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+    schedule = LearningSchedule(recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.ema_decay)
+    run = TrainingRun(state_path, both, schedule, seed=recipe.seed, deadline=deadline)
+    if not run.is_finished:
+        tokenizer = Tokenizer(config.text_encoder.context_length)
+        latents, tokens = _encoded_videos(state_path.with_name("videos.pt"), autoencoder, tokenizer, recipe, device)
+        if run.step == 0:
+            _draw_seen_embeddings(text_encoder, tokens)
+        empty = tokenizer("").to(device)
+        alpha, sigma = (part.float().to(device) for part in Schedule(config.schedule).alpha_sigma(torch.arange(1000)))
+        predict = _compiled(lambda x, t, ids: unet(x, t, text_encoder(ids)), device)
+
+        def loss(generator: torch.Generator) -> Tensor:
+            b = recipe.batch
+            rows = torch.randint(len(latents), (b,), generator=generator, device=device)
+            x0 = latents[rows].float()
+            which = torch.randint(_CAPTIONS_A_VIDEO, (b,), generator=generator, device=device)
+            ids = tokens[rows, which].long()
+            unprompted = torch.rand(b, generator=generator, device=device) < recipe.unprompted_share
+            ids = torch.where(unprompted[:, None], empty, ids)
+            # The first half of a video's making decides what it shows, and is few of the timesteps: twice as often.
+            t = torch.randint(1000, (b,), generator=generator, device=device)
+            late = torch.randint(500, 1000, (b,), generator=generator, device=device)
+            t = torch.where(torch.rand(b, generator=generator, device=device) < 0.33, late, t)
+            noise = torch.randn(x0.shape, generator=generator, device=device)
+            shift = torch.randn((*x0.shape[:2], 1, 1, 1), generator=generator, device=device)
+            noise = noise + recipe.offset_noise * shift
+            a, s = (part[t].view(-1, 1, 1, 1, 1) for part in (alpha, sigma))
+            return F.mse_loss(predict(a * x0 + s * noise, t, ids).float(), noise)
+
+        run.train(loss, device)
+        run.finish({})
+    both.load_state_dict(run.averaged)
+    both.requires_grad_(False).eval()
+    return unet, text_encoder
+
+
+def _begin_as_identity(unet: UNet3D) -> None:
+    """As in the references: the last layer of each residual branch starts at zero."""
+    for name, parameter in unet.named_parameters():
+        if re.search(r"(resnets\.\d+\.conv2|conv4\.3|proj_out|^conv_out)\.", name):
+            nn.init.zeros_(parameter)
+
+
+def _draw_seen_embeddings(text_encoder: TextEncoder, tokens: Tensor) -> None:
+    embedding = text_encoder.tower.token_embedding.weight
+    seen = torch.unique(tokens).long()
+    with torch.no_grad():
+        embedding[seen] = 0.02 * torch.randn(len(seen), embedding.shape[1], device=embedding.device)
+
+
+def _draw(count: int, seed: int, device: torch.device, chunk: int = 500) -> tuple[Tensor, list[list[str]]]:
+    """Training videos, uint8 (v, f, h, w, c), and some captions of each."""
+    draw = random.Random(seed)
+    videos, captions = [], []
+    for start in range(0, count, chunk):
+        scenes = [training_scene(draw) for _ in range(min(chunk, count - start))]
+        videos.append(draw_scenes(scenes, draw, device))
+        captions += [[random_caption(scene, draw) for _ in range(_CAPTIONS_A_VIDEO)] for scene in scenes]
+    return torch.cat(videos), captions
+
+
+@torch.no_grad()
+def _encoded_videos(
+    path: Path, autoencoder: Autoencoder, tokenizer: Tokenizer, recipe: Recipe, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Latents (v, c, f, h, w) in half precision, and tokens (v, captions, 77). Kept in a file for the next start."""
+    if path.exists():
+        kept = torch.load(path, map_location=device, weights_only=True)
+        return kept["latents"], kept["tokens"]
+    latents, tokens = [], []
+    for start in range(0, recipe.videos, 500):
+        videos, captions = _draw(min(500, recipe.videos - start), recipe.seed + 1 + start, device)
+        for part in torch.split(videos, 50):
+            pixels = rearrange(part.float() / 127.5 - 1.0, "v f h w c -> v c f h w")
+            latents.append(autoencoder.encode(pixels).mean.half())
+        tokens += [torch.cat([tokenizer(caption) for caption in several]) for several in captions]
+    encoded = {"latents": torch.cat(latents), "tokens": torch.stack(tokens).int().to(device)}
+    save_state(encoded, path)
+    return encoded["latents"], encoded["tokens"]
+
+
+def _compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    compiled: Any = torch.compile(function) if device.type == "cuda" else function  # Any: torch leaves it untyped
+    return compiled
+
+
+if __name__ == "__main__":
+    main()
