@@ -173,9 +173,8 @@ def _destination(output: Path | None, format: VideoFormat | None) -> Path:
         output = Path(f"video.{format or 'mp4'}")
     elif format is not None and output.suffix.lower().removeprefix(".") not in get_args(VideoFormat):
         output = output.with_name(f"{output.name}.{format}")
-    if format is not None and video_format_of(output) != format:
+    if format not in (None, video_format_of(output)):
         raise InvalidRequest(f"format {format} for {output}: they differ; leave one out", param="format")
-    video_format_of(output)
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}; create it first")
     if output.is_dir() or not os.access(output.parent, os.W_OK):

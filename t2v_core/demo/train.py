@@ -3,7 +3,8 @@
     python -m t2v_core.demo.train CHECKPOINT_FOLDER --work WORK_FOLDER
 
 Everything is drawn, trained and written from one seed. It can be stopped at any time, also by --max-seconds: the same
-command goes on where the last state in the work folder ends. On one H200 it takes about 20 minutes.
+command goes on where the last state in the work folder ends. On one H200 a step of the autoencoder took 0.038 s and one
+of the denoiser, after four minutes of compiling, 0.164 s; the denoiser has not been trained to the end yet.
 """
 
 import argparse
@@ -112,7 +113,7 @@ def train_autoencoder(
 
         def loss(generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(frames), (recipe.autoencoder_batch,), generator=generator, device=device)
-            pixels = frames[rows].float() / 127.5 - 1.0
+            pixels = _pixels(frames[rows])
             shape = (len(rows), config.autoencoder.latent_channels, pixels.shape[2] // 8, pixels.shape[3] // 8)
             return reconstruct(pixels, torch.randn(shape, generator=generator, device=device))
 
@@ -138,7 +139,7 @@ def _autoencoder_loss(autoencoder: Autoencoder, pixels: Tensor, noise: Tensor, k
 @torch.no_grad()
 def _quality(autoencoder: Autoencoder, frames: Tensor) -> tuple[float, float]:
     """PSNR in dB of frames that were encoded and decoded, and the standard deviation of their latents."""
-    pixels = frames.float() / 127.5 - 1.0
+    pixels = _pixels(frames)
     latents = autoencoder.encode(rearrange(pixels, "f c h w -> 1 c f h w")).mean
     decoded = torch.cat(list(autoencoder.decode_chunks(latents[0]))).clamp(-1, 1)
     error = ((decoded - pixels) / 2).square().mean()
@@ -233,12 +234,16 @@ def _encoded_videos(
     for start in range(0, recipe.videos, 500):
         videos, captions = _draw(min(500, recipe.videos - start), recipe.seed + 1 + start, device)
         for part in torch.split(videos, 50):
-            pixels = rearrange(part.float() / 127.5 - 1.0, "v f h w c -> v c f h w")
-            latents.append(autoencoder.encode(pixels).mean.half())
+            latents.append(autoencoder.encode(rearrange(_pixels(part), "v f h w c -> v c f h w")).mean.half())
         tokens += [torch.cat([tokenizer(caption) for caption in several]) for several in captions]
     encoded = {"latents": torch.cat(latents), "tokens": torch.stack(tokens).int().to(device)}
     save_state(encoded, path)
     return encoded["latents"], encoded["tokens"]
+
+
+def _pixels(frames: Tensor) -> Tensor:
+    """uint8 to [-1, 1], as the autoencoder takes them."""
+    return frames.float() / 127.5 - 1.0
 
 
 def _compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

@@ -59,7 +59,7 @@ class TrainingRun:
         self.step = 0
         self.is_finished = False
         self.notes: dict[str, float] = {}
-        self.averaged = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        self.averaged: dict[str, Tensor] = {}  # from the first step on
         if path.exists():
             state = torch.load(path, map_location=next(network.parameters()).device, weights_only=True)
             network.load_state_dict(state["network"])

@@ -1,6 +1,7 @@
 """The two reference implementations, with the same random weights as ours."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,6 @@ def random_network(network: type[nn.Module], config: object, seed: int = 0) -> A
 
 def diffusers_network(class_name: str, path: str, config: ModelConfig, state_dict: dict[str, Tensor]) -> Any:
     """A network of diffusers, built from the JSON that we write, holding the very tensors of `state_dict`."""
-    import json
-
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         network = getattr(diffusers, class_name).from_config(json.loads(config_files(config)[path]))
@@ -51,8 +50,6 @@ def diffusers_network(class_name: str, path: str, config: ModelConfig, state_dic
 
 def clip_text_model(config: ModelConfig, state_dict: dict[str, Tensor]) -> Any:
     """transformers' CLIPTextModel with our text encoder's weights."""
-    import json
-
     transformers = pytest.importorskip("transformers")
     fields = json.loads(config_files(config)["text_encoder/config.json"])
     with torch.device("meta"):
