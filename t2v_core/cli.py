@@ -23,11 +23,9 @@ from t2v_core.media import VideoFormat, check_encoding, video_format_of
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.pipeline import DTYPES, Pipeline, load
 from t2v_core.video import Video
+from t2v_core.weights import DEMO, open_checkpoint
 from t2v_core.weights import convert as convert_checkpoint
-from t2v_core.weights import open_checkpoint
 from t2v_core.weights.random_init import TINY, write_random_checkpoint
-
-DEFAULT_MODEL = "damo-vilab/text-to-video-ms-1.7b"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _CANCELLED = 130  # what shells expect of a program that Ctrl-C ended
@@ -46,7 +44,7 @@ def _logging() -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video should show, in English.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="An .mp4, .webm or .gif file.")] = None,
-    model: Annotated[str, typer.Option(help="A folder, or a Hugging Face id.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help="demo, a folder, or a Hugging Face id.")] = DEMO,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model on the hub.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels, multiples of 8.")] = None,
     num_frames: Annotated[int | None, typer.Option()] = None,
@@ -107,7 +105,7 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A folder, or a Hugging Face id, in either layout.")],
+    source: Annotated[str, typer.Argument(help="demo, a folder, or a Hugging Face id, in either layout.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the source on the hub.")] = None,
     dtype: Annotated[Precision, typer.Option(help="fp16 halves the size of the files.")] = "fp32",

@@ -14,9 +14,9 @@ from t2v_core.errors import InvalidRequest
 from t2v_core.media import EXACT, av_frames, check_frames
 from t2v_core.video_input import resize
 
-ImageFormat = Literal["jpeg", "webp"]
+ImageFormat = Literal["jpeg", "png", "webp"]
 
-_MAX_SIDE: dict[ImageFormat, int] = {"webp": 16383, "jpeg": 65535}
+_MAX_SIDE: dict[ImageFormat, int] = {"webp": 16383, "jpeg": 65535, "png": 65535}
 
 
 def encode_thumbnail(frames: Tensor, *, format: ImageFormat = "webp", max_side: int = 512) -> bytes:
@@ -70,6 +70,9 @@ def _encode_image(image: Tensor, format: ImageFormat) -> bytes:
         context = av.VideoCodecContext.create("libwebp", "w")
         context.options = {"quality": "90"}
         context.pix_fmt = "bgra"
+    elif format == "png":
+        context = av.VideoCodecContext.create("png", "w")
+        context.pix_fmt = "rgb24"
     else:
         context = av.VideoCodecContext.create("mjpeg", "w")
         context.qmin = context.qmax = 2

@@ -21,7 +21,7 @@ from t2v_core.text_encoder import TextEncoder, Tokenizer
 from t2v_core.trajectory import NoiseSource, Trajectory
 from t2v_core.unet3d import UNet3D
 from t2v_core.video import Video
-from t2v_core.weights import load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights import DEMO, is_folder, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
 
 
 @contextmanager
@@ -174,14 +174,15 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def load(
-    model: str | Path,
+    model: str | Path = DEMO,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Pipeline:
-    """A checkpoint ready to generate: a folder or a hub id, in the diffusers or the ModelScope layout.
+    """A checkpoint ready to generate: "demo", a folder or a hub id, in the diffusers or the ModelScope layout.
 
+    "demo" comes with this package and draws coloured shapes that move; for a folder of that name, say "./demo".
     `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in fp16
     there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own.
     Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used.
@@ -189,10 +190,9 @@ def load(
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     checkpoint = open_checkpoint(model, revision=revision, half=torch_dtype == torch.float16)
-    folder = Path(model).expanduser()
     return Pipeline(
         # It is written into videos, and where a folder lies is nobody's business.
-        name=folder.resolve().name if folder.is_dir() else checkpoint.name,
+        name=Path(model).expanduser().resolve().name if is_folder(model) else checkpoint.name,
         tokenizer=Tokenizer(checkpoint.config.text_encoder.context_length),
         text_encoder=load_text_encoder(checkpoint, torch_device, torch_dtype),
         unet=load_unet(checkpoint, torch_device, torch_dtype),

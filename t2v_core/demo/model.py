@@ -1,4 +1,4 @@
-"""The demo's sizes: the released model's architecture, three hundred times smaller."""
+"""The demo's sizes: the released model's architecture, a hundred times smaller."""
 
 from t2v_core.config import AutoencoderConfig, GenerationDefaults, ModelConfig, TextEncoderConfig, UNetConfig
 

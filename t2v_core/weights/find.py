@@ -10,6 +10,11 @@ from t2v_core.errors import CheckpointError, CheckpointNotFound
 from t2v_core.weights import diffusers_layout, modelscope_layout
 from t2v_core.weights.checkpoint import Checkpoint
 
+DEMO = "demo"  # what a user calls the checkpoint that comes with this package
+
+# A path, not an import: the demo is made with this package, which knows nothing else of it.
+_DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
+
 _LAYOUTS = (diffusers_layout, modelscope_layout)
 
 # Checkpoints of this family that were trained at another size than the first, by folder or repository name.
@@ -26,14 +31,17 @@ _FAMILY = {
 def open_checkpoint(model: str | Path, *, revision: str | None = None, half: bool = False) -> Checkpoint:
     """Find a checkpoint, fetch what is missing of it, and read its configuration.
 
-    `model` is a folder or a hub id; `revision` is a hub id's branch, tag or commit; `half` prefers files of fp16.
-    Raises CheckpointNotFound or CheckpointError.
+    `model` is "demo", a folder or a hub id; `revision` is a hub id's branch, tag or commit; `half` prefers files of
+    fp16. Raises CheckpointNotFound or CheckpointError.
     """
     name = str(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"{name}: a folder has no revision {revision!r}; leave it out, or give a hub id")
+    if revision is not None and (model == DEMO or is_folder(model)):
+        kind = "the demo checkpoint" if model == DEMO else "a folder"
+        raise CheckpointError(f"{name}: {kind} has no revision {revision!r}; leave it out, or give a hub id")
+    if model == DEMO:
+        folder = _demo()
+    elif is_folder(model):
+        folder = Path(model).expanduser()
     else:
         folder = _fetch(name, revision, half)
     markers = [layout.MARKER for layout in _LAYOUTS if (folder / layout.MARKER).is_file()]
@@ -45,10 +53,29 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, half: boo
     return checkpoint
 
 
+def is_folder(model: str | Path) -> bool:
+    """Whether this is a folder of the user's.
+
+    The string "demo" never is, so that no folder that happens to lie there changes what it means. "./demo" can be, and
+    any Path.
+    """
+    return model != DEMO and Path(model).expanduser().is_dir()
+
+
+def _demo() -> Path:
+    if not _DEMO_FOLDER.is_dir():
+        raise CheckpointNotFound(
+            f"{DEMO}: {_DEMO_FOLDER} is missing, though it comes with t2v-serve; "
+            "install that again, or give a folder or a hub id"
+        )
+    return _DEMO_FOLDER
+
+
 def _fetch(name: str, revision: str | None, half: bool) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointNotFound(
-            f"{name}: no such folder, and not a hub id; give a folder, or a name like damo-vilab/text-to-video-ms-1.7b"
+            f"{name}: no such folder, and not a hub id; give {DEMO}, a folder, "
+            "or a hub id like damo-vilab/text-to-video-ms-1.7b"
         )
 
     # Not at the top: the hub's client takes a second to import, and a folder does not need it.

@@ -150,7 +150,7 @@ def _explain(error: Exception, repo_id: str, revision: str) -> CheckpointError:
     bring_it = f"fill the cache with `hf download {repo_id} --revision {revision}`, or give a folder"
     match error:
         case HFValidationError():
-            return CheckpointNotFound(f"{repo_id!r} is no hub id; give a folder, or an id like owner/name")
+            return CheckpointNotFound(f"{repo_id!r} is no hub id; give demo, a folder, or an id like owner/name")
         case GatedRepoError():
             return CheckpointNotFound(
                 f"{what}: its owner grants access on request; ask at {hub}/{repo_id} and run `hf auth login`"

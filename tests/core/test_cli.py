@@ -13,6 +13,7 @@ from hub_server import HubServer, Revision
 from typer.testing import CliRunner
 
 from t2v_core.cli import app
+from t2v_core.video_input import read_metadata
 
 PROMPT = "A panda eating bamboo on a rock."
 QUICK = ("--num-frames", "4", "--num-inference-steps", "3", "--size", "64x64", "--device", "cpu")
@@ -41,6 +42,15 @@ def test_generate_makes_a_video_and_says_how(tiny_checkpoint, tmp_path):
     assert "seed 7, 3 steps of dpmpp_2m at guidance 9" in done.stderr
     assert "on cpu in float32, peak memory" in done.stderr
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_without_a_model_the_demo_makes_the_video(tmp_path):
+    prompt = "A red circle moving right on a white background."
+    done = t2v("generate", prompt, "--num-inference-steps", "2", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Loading demo" in done.stderr
+    assert "16 frames of 128x128" in done.stderr
+    assert read_metadata(tmp_path / "video.mp4")["model"] == "demo"
 
 
 def test_the_same_command_writes_the_same_bytes_and_the_seed_it_names_makes_it_again(tiny_checkpoint, tmp_path):

@@ -2,6 +2,9 @@
 
 import random
 import time
+import tomllib
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,8 +99,16 @@ def test_measuring_an_empty_video_sees_no_figure():
 
 
 RECIPE = Recipe(
-    autoencoder_videos=3, autoencoder_steps=3, autoencoder_batch=2, videos=3, steps=3, batch=2, warmup_steps=2
+    autoencoder_videos=3,
+    autoencoder_steps=3,
+    autoencoder_batch=2,
+    videos=3,
+    steps=2,
+   
+    batch=2,
+    warmup_steps=2,
 )
+NUM_STEPS = RECIPE.autoencoder_steps + RECIPE.steps
 CPU = torch.device("cpu")
 
 
@@ -114,8 +125,8 @@ def test_a_training_stopped_after_every_step_ends_as_one_that_was_not(tmp_path):
             train(tmp_path / "stopped", tmp_path / "work_2", RECIPE, CPU, deadline=time.monotonic())
         except OutOfTime:
             stops += 1
-        assert stops <= RECIPE.autoencoder_steps + RECIPE.steps
-    assert stops == RECIPE.autoencoder_steps + RECIPE.steps
+        assert stops <= NUM_STEPS
+    assert stops == NUM_STEPS
     straight, stopped = weights_of(tmp_path / "straight"), weights_of(tmp_path / "stopped")
     assert straight.keys() == stopped.keys()
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
@@ -124,3 +135,27 @@ def test_a_training_stopped_after_every_step_ends_as_one_that_was_not(tmp_path):
     embedding = straight["text_encoder.text_model.embeddings.token_embedding.weight"]
     assert 20 < (embedding.abs().sum(dim=1) > 0).sum() < 300  # tokens never seen keep rows of zeros
     assert all(tensor.isfinite().all() for tensor in straight.values())
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "t2v_core" / "demo"
+SHIPPED = [path for path in (PACKAGE / "checkpoint").rglob("*") if path.is_file()]
+
+
+def test_the_checkpoint_is_small_enough_to_come_with_the_package():
+    assert sum(path.stat().st_size for path in SHIPPED) <= 36e6
+    # Most of the token embeddings are rows of zeros: on the way in a wheel they cost nothing.
+    assert sum(len(zlib.compress(path.read_bytes())) for path in SHIPPED) <= 23.5e6
+
+
+def test_an_installation_has_the_whole_checkpoint_and_its_model_card():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["t2v_core.demo"]
+    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert len(SHIPPED) >= 8
+    assert {*SHIPPED, PACKAGE / "README.md"} <= installed
+
+
+def test_the_checkpoint_has_the_sizes_of_the_training():
+    shipped = open_checkpoint("demo").config
+    assert (shipped.unet, shipped.text_encoder, shipped.defaults) == (CONFIG.unet, CONFIG.text_encoder, CONFIG.defaults)

@@ -29,7 +29,17 @@ ALLOWED = {
     "params": {"config", "errors", "media", "shapes", "video_input"},
     "video": {"media", "params"},
     "weights": {"autoencoder", "config", "errors", "text_encoder", "unet3d"},
-    "demo": {"autoencoder", "config", "schedule", "text_encoder", "unet3d", "weights"},
+    "demo": {
+        "autoencoder",
+        "config",
+        "params",
+        "pictures",
+        "pipeline",
+        "schedule",
+        "text_encoder",
+        "unet3d",
+        "weights",
+    },
     "pipeline": {
         "autoencoder",
         "config",

@@ -7,6 +7,8 @@ import pytest
 from typer.main import get_command
 
 from t2v_core.cli import app
+from t2v_core.demo.measuring import look_at
+from t2v_core.video_input import read_video
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,6 +24,9 @@ def test_the_python_examples_run_one_after_the_other(tiny_checkpoint, tmp_path, 
         smaller = smaller.replace(setting, small)
     names: dict[str, object] = {}
     exec(smaller, names)
+    assert "t2v_core.load()" in code
+    circle = look_at(read_video(tmp_path / "circle.mp4", width=128, height=128, fps=8, num_frames=16))
+    assert (circle.background, circle.colour, circle.shape) == ("white", "red", "circle")
     assert (tmp_path / "panda.mp4").stat().st_size > 1000
     assert names["edited"].params.num_frames == 8
     assert "step 10 of 10" in capsys.readouterr().out

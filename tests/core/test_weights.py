@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from t2v_core.errors import CheckpointError, CheckpointNotFound, InvalidRequest, OutputError, UnsafeCheckpoint
 from t2v_core.pipeline import load
-from t2v_core.weights import convert, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights import DEMO, convert, find, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
 from t2v_core.weights.diffusers_layout import needed_files
 from t2v_core.weights.files import read_tensors
 
@@ -287,6 +288,32 @@ def test_a_name_that_is_neither_folder_nor_hub_id_is_a_clear_error(name):
 def test_a_folder_has_no_revision(tiny_checkpoint):
     with pytest.raises(CheckpointError, match="a folder has no revision 'main'"):
         load(tiny_checkpoint, revision="main")
+
+
+def test_demo_is_the_checkpoint_that_comes_along_whatever_folder_lies_around(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / DEMO).symlink_to(tiny_checkpoint)
+    pipeline = load()
+    assert pipeline.name == load(DEMO).name == DEMO
+    assert (pipeline.defaults.width, pipeline.defaults.num_frames) == (128, 16)
+    for own in (f"./{DEMO}", tmp_path / DEMO, Path(DEMO)):
+        assert load(own).defaults == open_checkpoint(tiny_checkpoint).config.defaults != pipeline.defaults
+
+
+def test_demo_has_no_revision():
+    with pytest.raises(CheckpointError, match="demo: the demo checkpoint has no revision 'main'"):
+        load(DEMO, revision="main")
+
+
+def test_an_installation_without_its_demo_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "_DEMO_FOLDER", tmp_path / "checkpoint")
+    with pytest.raises(CheckpointNotFound, match=r"demo: .*checkpoint is missing.*install that again"):
+        load(DEMO)
+
+
+def test_what_is_no_model_is_answered_with_all_that_can_be_one():
+    with pytest.raises(CheckpointNotFound, match="give demo, a folder, or a hub id like damo-vilab"):
+        load("panda")
 
 
 @pytest.mark.parametrize("dtype", ["int4", torch.int8])
