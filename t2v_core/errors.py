@@ -10,6 +10,8 @@ Every message holds three things: the value, the rule it broke, and the remedy.
     │   └── UnsafeCheckpoint    a pickle holds more than tensors and plain values
     ├── GenerationFailed        the networks ran and produced nothing usable
     │   └── OutOfMemory         this device cannot hold the request
+    ├── InvalidProfile          a saved profile of the engine cannot be used
+    ├── UnreadableTrajectory    a saved request is damaged
     └── OutputError             the video could not be written
 """
 
@@ -54,6 +56,14 @@ class GenerationFailed(T2VError):
 
 class OutOfMemory(GenerationFailed):
     """The device's memory cannot hold this request."""
+
+
+class InvalidProfile(T2VError):
+    """The file is no profile of how long steps take."""
+
+
+class UnreadableTrajectory(T2VError):
+    """The bytes are not a request that was saved between two steps."""
 
 
 class OutputError(T2VError):

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from t2v_core.out_of_memory import out_of_memory_explained
+from t2v_core.unet3d import TextKeysValues, UNet3D
 
 
 class Conditioning(NamedTuple):
@@ -17,22 +20,55 @@ class Conditioning(NamedTuple):
     negative: Tensor | None
     guidance_scale: float
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows of the network's batch the request takes."""
+        return 1 if self.negative is None else 2
 
-def predict_eps(unet: nn.Module, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
+
+class BatchConditioning(NamedTuple):
+    """What steers a batch, ready for the network: it serves as long as the batch holds the same requests.
+
+    rows: which request each row of the network's batch belongs to; those of the prompts come first.
+    guided: the requests that have a second row; scales: (guided, 1, 1, 1, 1).
+    """
+
+    text: TextKeysValues
+    dtype: torch.dtype
+    rows: Tensor
+    guided: Tensor
+    scales: Tensor
+
+
+@torch.inference_mode()
+@out_of_memory_explained()
+def condition(unet: UNet3D, conditionings: Sequence[Conditioning]) -> BatchConditioning:
+    """Let the network read the texts of a batch, one conditioning a request, all of the same n.
+
+    Raises OutOfMemory.
+    """
+    guided = [request for request, c in enumerate(conditionings) if c.negative is not None]
+    negatives = [c.negative for c in conditionings if c.negative is not None]
+    text_embeds = torch.stack([*(c.prompt for c in conditionings), *negatives])
+    device = text_embeds.device
+    scales = [conditionings[request].guidance_scale for request in guided]
+    return BatchConditioning(
+        text=unet.read_text(text_embeds),
+        dtype=text_embeds.dtype,
+        rows=torch.tensor([*range(len(conditionings)), *guided], device=device),
+        guided=torch.tensor(guided, dtype=torch.long, device=device),
+        scales=torch.tensor(scales, dtype=torch.float64, device=device).view(-1, 1, 1, 1, 1),
+    )
+
+
+def predict_eps(unet: UNet3D, latents: Tensor, timesteps: Tensor, conditioning: BatchConditioning) -> Tensor:
     """The guided noise prediction for each request of a batch: eps_uncond + scale (eps_cond - eps_uncond).
 
-    latents: (b, c, f, h, w); timesteps: (b,); one conditioning a request, all of the same n.
-    The network runs in its own precision; the result has the latents'.
+    latents: (b, c, f, h, w); timesteps: (b,). The network runs in its own precision; the result has the latents'.
     """
-    guided = [row for row, conditioning in enumerate(conditionings) if conditioning.negative is not None]
-    rows = [*range(len(conditionings)), *guided]
-    prompts = [conditioning.prompt for conditioning in conditionings]
-    negatives = [c.negative for c in conditionings if c.negative is not None]
-    text_embeds = torch.stack([*prompts, *negatives])
-
-    out = unet(latents[rows].to(text_embeds.dtype), timesteps[rows], text_embeds).to(latents.dtype)
-    eps, eps_uncond = out[: len(conditionings)], out[len(conditionings) :]
-    if guided:
-        scales = eps.new_tensor([conditionings[row].guidance_scale for row in guided]).view(-1, 1, 1, 1, 1)
-        eps[guided] = eps_uncond + scales * (eps[guided] - eps_uncond)
+    rows, guided = conditioning.rows, conditioning.guided
+    out = unet(latents[rows].to(conditioning.dtype), timesteps[rows], conditioning.text).to(latents.dtype)
+    eps, eps_uncond = out[: len(latents)], out[len(latents) :]
+    if len(guided):
+        eps[guided] = eps_uncond + conditioning.scales.to(eps) * (eps[guided] - eps_uncond)
     return eps

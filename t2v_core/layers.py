@@ -88,6 +88,9 @@ class TemporalConvLayer(nn.Module):
         return x + self.conv4(self.conv3(self.conv2(self.conv1(x))))
 
 
+KeysValues = tuple[Tensor, Tensor]
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to each other, or to a context."""
 
@@ -100,15 +103,18 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x: (b, n, c), context: (b, m, d) or None for x itself -> (b, n, c)."""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(t, "b n (heads c) -> b heads n c", heads=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
-        return self.to_out(attended)
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What queries find in a context, (b, m, d): two of (b, heads, m, c)."""
+        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """x: (b, n, c); keys_values of a context, or None for those of x itself -> (b, n, c)."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        attended = F.scaled_dot_product_attention(self._split_heads(self.to_q(x)), k, v)
+        return self.to_out(rearrange(attended, "b heads n c -> b n (heads c)"))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads)
 
 
 class GEGLU(nn.Module):
@@ -146,15 +152,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x: (b s, n, c), s sequences of n tokens in each sample; context: (b, m, d) -> as x."""
+    def forward(self, x: Tensor, text: KeysValues | None = None) -> Tensor:
+        """x: (b s, n, c), s sequences of n tokens in each sample; text: attn2's keys and values of it -> as x."""
         x = x + self.attn1(self.norm1(x))
-        if context is None:
+        if text is None:
             x = x + self.attn2(self.norm2(x))
         else:
             # All sequences of a sample read the same text: as one long row of queries they share its keys and values.
-            queries = rearrange(self.norm2(x), "(b s) n c -> b (s n) c", b=context.shape[0])
-            x = x + rearrange(self.attn2(queries, context), "b (s n) c -> (b s) n c", n=x.shape[1])
+            queries = rearrange(self.norm2(x), "(b s) n c -> b (s n) c", b=len(text[0]))
+            x = x + rearrange(self.attn2(queries, text), "b (s n) c -> (b s) n c", n=x.shape[1])
         return x + self.ff(self.norm3(x))
 
 
@@ -168,13 +174,17 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(heads * head_dim, heads, head_dim, text_dim)])
         self.proj_out = nn.Linear(heads * head_dim, channels)
 
-    def forward(self, x: Tensor, text_embeds: Tensor) -> Tensor:
-        """x: (b, c, f, h, w), text_embeds: (b, n, d) -> as x."""
+    def keys_values(self, text_embeds: Tensor) -> KeysValues:
+        """What this layer reads in the text, (b, n, d): it does not depend on the latents."""
+        block = self.transformer_blocks[0]
+        assert isinstance(block, TransformerBlock)
+        return block.attn2.keys_values(text_embeds)
+
+    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
+        """x: (b, c, f, h, w), text: this layer's keys and values of it -> as x."""
         b, _, _, h, w = x.shape
         tokens = rearrange(each_frame(self.norm, x), "b c f h w -> (b f) (h w) c")
-        tokens = self.proj_in(tokens)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text_embeds)
+        tokens = self.transformer_blocks[0](self.proj_in(tokens), text)
         return x + rearrange(self.proj_out(tokens), "(b f) (h w) c -> b c f h w", b=b, h=h, w=w)
 
 

@@ -1,7 +1,6 @@
 """One process, one video: prompt -> text embeddings -> noise -> latents -> frames. Read this first."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
@@ -12,28 +11,18 @@ from torch import Tensor
 
 from t2v_core.autoencoder import Autoencoder, frames_per_chunk
 from t2v_core.config import GenerationDefaults
-from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory
-from t2v_core.guidance import Conditioning, predict_eps
+from t2v_core.denoising import Denoising, denoise_step
+from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.guidance import Conditioning, condition
+from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.params import GenerationParams, InputVideo, Settings, resolve
-from t2v_core.samplers import Coefficients, coefficients, update
+from t2v_core.samplers import Coefficients, coefficients
 from t2v_core.schedule import Schedule
 from t2v_core.text_encoder import TextEncoder, Tokenizer
 from t2v_core.trajectory import NoiseSource, Trajectory
 from t2v_core.unet3d import UNet3D
 from t2v_core.video import Video
 from t2v_core.weights import DEMO, is_folder, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
-
-
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # The CPU's allocator has no error class of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        reason = str(error).partition(". ")[0].strip()
-        raise OutOfMemory(f"{reason}: use fewer frames, a smaller size, or half precision") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +62,20 @@ class Pipeline:
 
         Raises GenerationFailed after the last step where the latents are not finite.
         """
-        conditioning = self.encode_prompt(params)
+        request = self.prepare(params)
+        conditioning = condition(self.unet, [request.conditioning])
+        while not request.trajectory.is_finished:
+            (request,) = denoise_step(self.unet, [request], conditioning)
+            yield request.trajectory
+        self._check_finite(request.trajectory.latents)
+
+    def prepare(self, params: GenerationParams) -> Denoising:
+        """The request before its first step, with all that its steps need."""
         plan = self.plan(params)
-        trajectory = self.start(params, plan)
-        while not trajectory.is_finished:
-            trajectory = self.step(trajectory, plan, conditioning)
-            yield trajectory
-        self._check_finite(trajectory.latents)
+        return Denoising(self.start(params, plan), plan, self.encode_prompt(params))
 
     @torch.inference_mode()
-    @_out_of_memory_explained()
+    @out_of_memory_explained()
     def encode_prompt(self, params: GenerationParams) -> Conditioning:
         """The text embeddings of the prompt and, where guidance is on, of the negative prompt."""
         prompt = self.tokenizer(params.prompt)
@@ -102,7 +95,7 @@ class Pipeline:
         )
 
     @torch.inference_mode()
-    @_out_of_memory_explained()
+    @out_of_memory_explained()
     def start(self, params: GenerationParams, plan: Coefficients) -> Trajectory:
         """The request before its first step: noise or, from an input video, its latents with noise on top."""
         shape = params.shape.latents()
@@ -117,23 +110,7 @@ class Pipeline:
         return Trajectory.start(latents, source.state, plan.num_steps)
 
     @torch.inference_mode()
-    @_out_of_memory_explained()
-    def step(self, trajectory: Trajectory, plan: Coefficients, conditioning: Conditioning) -> Trajectory:
-        """The request one step further."""
-        i = trajectory.step_index
-        latents = trajectory.latents[None]
-        timesteps = plan.timesteps[i : i + 1].to(self.device, torch.float32)
-        eps = predict_eps(self.unet, latents, timesteps, [conditioning])
-
-        noise, noise_state = None, trajectory.noise_state
-        if plan.draws_noise(i):
-            source = NoiseSource(state=noise_state)
-            noise, noise_state = self._to_latents(source.frames(trajectory.shape))[None], source.state
-        latents, history = update(latents, eps, trajectory.history[None], noise, plan.row(i)[None])
-        return Trajectory(latents[0], history[0], noise_state, trajectory.num_steps, i + 1)
-
-    @torch.inference_mode()
-    @_out_of_memory_explained()
+    @out_of_memory_explained()
     def decode(self, latents: Tensor) -> Tensor:
         """Frames from final latents: (c, f, h, w) -> uint8 (f, 8h, 8w, 3), on the CPU. Raises GenerationFailed."""
         chunks = []

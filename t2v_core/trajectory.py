@@ -5,8 +5,11 @@ from typing import Self
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
+from t2v_core.errors import UnreadableTrajectory
 from t2v_core.shapes import LatentShape
 
 
@@ -58,6 +61,32 @@ class Trajectory:
     def start(cls, latents: Tensor, noise_state: Tensor, num_steps: int) -> Self:
         """A request before its first step. latents: (c, f, h, w)."""
         return cls(latents, torch.zeros_like(latents).repeat(2, 1, 1, 1, 1), noise_state, num_steps)
+
+    def to_bytes(self) -> bytes:
+        """The request as a safetensors file, exact to the bit."""
+        steps = torch.tensor([self.num_steps, self.step_index])
+        tensors = {"latents": self.latents, "history": self.history, "noise_state": self.noise_state, "steps": steps}
+        return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+
+    @classmethod
+    def from_bytes(cls, file: bytes, device: torch.device | str = "cpu") -> Self:
+        """What `to_bytes` wrote, on a device. Raises UnreadableTrajectory for anything else."""
+        try:
+            tensors = load(file)
+            latents, history, noise_state = (tensors[name] for name in ("latents", "history", "noise_state"))
+            num_steps, step_index = tensors["steps"].tolist()
+            is_whole = latents.dim() == 4 and history.shape == (2, *latents.shape) and 0 <= step_index <= num_steps
+            NoiseSource(state=noise_state)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UnreadableTrajectory(
+                f"{len(file)} bytes are no saved trajectory ({error}): start the request anew"
+            ) from error
+        if not is_whole:
+            raise UnreadableTrajectory(
+                f"trajectory of latents {tuple(latents.shape)} with history {tuple(history.shape)} after step "
+                f"{step_index} of {num_steps}: its parts do not belong together; start the request anew"
+            )
+        return cls(latents.to(device), history.to(device), noise_state, num_steps, step_index)
 
     @property
     def x0(self) -> Tensor:

@@ -1,5 +1,6 @@
 """The denoiser: a UNet over space whose every layer is followed by one over time (ModelScope, Wang et al. 2023)."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from t2v_core.config import UNetConfig
 from t2v_core.layers import (
     Downsample,
+    KeysValues,
     ResnetBlock,
     SpatialTransformer,
     TemporalConvLayer,
@@ -19,6 +21,8 @@ from t2v_core.layers import (
     each_frame,
     sinusoidal_embedding,
 )
+
+TextKeysValues = Mapping[nn.Module, KeysValues]  # of each spatial transformer
 
 _TRANSFORMER_IN_HEADS = 8  # whatever the number of channels, unlike every other transformer here
 
@@ -80,12 +84,20 @@ class UNet3D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
+    def read_text(self, text_embeds: Tensor) -> TextKeysValues:
+        """All that the layers read in the text. It is the same at each step of a request. text_embeds: (b, n, d)."""
+        readers = (module for module in self.modules() if isinstance(module, SpatialTransformer))
+        return {reader: reader.keys_values(text_embeds) for reader in readers}
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor | TextKeysValues) -> Tensor:
         """eps, the predicted noise.
 
-        latents: (b, c, f, h, w), any f, h, w >= 1; timesteps: (b,), fractional allowed; text_embeds: (b, n, d).
+        latents: (b, c, f, h, w), any f, h, w >= 1; timesteps: (b,), fractional allowed;
+        text: its embeddings, (b, n, d), or what `read_text` made of them.
         The result has the shape and the type of the latents.
         """
+        if isinstance(text, Tensor):
+            text = self.read_text(text)
         time_embedding = self.time_embedding(
             sinusoidal_embedding(timesteps, self.conv_in.out_channels).to(latents.dtype)
         )
@@ -96,11 +108,11 @@ class UNet3D(nn.Module):
 
         skips = [x]
         for block in self.down_blocks:
-            x, block_skips = block(x, time_embedding, text_embeds)
+            x, block_skips = block(x, time_embedding, text)
             skips += block_skips
-        x = self.mid_block(x, time_embedding, text_embeds)
+        x = self.mid_block(x, time_embedding, text)
         for block in self.up_blocks:
-            x = block(x, skips, time_embedding, text_embeds)
+            x = block(x, skips, time_embedding, text)
 
         return each_frame(lambda frames: self.conv_out(F.silu(self.conv_norm_out(frames))), x)
 
@@ -133,10 +145,10 @@ class _Layers(nn.Module):
         x = each_frame(partial(self.resnets[i], time_embedding=time_embedding), x)
         return self.temp_convs[i](x)
 
-    def attend(self, i: int, x: Tensor, text_embeds: Tensor) -> Tensor:
+    def attend(self, i: int, x: Tensor, text: TextKeysValues) -> Tensor:
         if not self.attentions:
             return x
-        x = self.attentions[i](x, text_embeds)
+        x = self.attentions[i](x, text[self.attentions[i]])
         return self.temp_attentions[i](x)
 
 
@@ -149,11 +161,11 @@ class DownBlock(_Layers):
         super().__init__(config, in_channels, out_channels, len(in_channels) if attention else 0)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor, time_embedding: Tensor, text_embeds: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time_embedding: Tensor, text: TextKeysValues) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
             x = self.convolve(i, x, time_embedding)
-            x = self.attend(i, x, text_embeds)
+            x = self.attend(i, x, text)
             skips.append(x)
         for downsample in self.downsamplers:
             x = each_frame(downsample, x)
@@ -167,9 +179,9 @@ class MidBlock(_Layers):
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__(config, [channels, channels], channels, num_attentions=1)
 
-    def forward(self, x: Tensor, time_embedding: Tensor, text_embeds: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_embedding: Tensor, text: TextKeysValues) -> Tensor:
         x = self.convolve(0, x, time_embedding)
-        x = self.attend(0, x, text_embeds)
+        x = self.attend(0, x, text)
         return self.convolve(1, x, time_embedding)
 
 
@@ -182,11 +194,11 @@ class UpBlock(_Layers):
         super().__init__(config, in_channels, out_channels, len(in_channels) if attention else 0)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time_embedding: Tensor, text_embeds: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time_embedding: Tensor, text: TextKeysValues) -> Tensor:
         for i in range(len(self.resnets)):
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.convolve(i, x, time_embedding)
-            x = self.attend(i, x, text_embeds)
+            x = self.attend(i, x, text)
         for upsample in self.upsamplers:
             # Not simply twice the size: a side that was odd before it was halved must meet its skip connection.
             x = each_frame(partial(upsample, size=skips[-1].shape[-2:]), x)

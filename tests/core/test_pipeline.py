@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from t2v_core.config import SAMPLER_NAMES
+from t2v_core.denoising import denoise_step
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableVideo
+from t2v_core.guidance import condition
 from t2v_core.pipeline import load
+from t2v_core.trajectory import Trajectory
 
 PROMPT = "A panda eating bamboo on a rock."
 
@@ -83,12 +86,13 @@ def test_a_request_resumed_at_any_step_ends_as_if_never_stopped(tiny_pipeline, s
     params = tiny_pipeline.params(PROMPT, seed=3, sampler=sampler, num_inference_steps=6, num_frames=4)
     steps = list(tiny_pipeline.denoise(params))
     assert [step.step_index for step in steps] == [1, 2, 3, 4, 5, 6]
-    conditioning, plan = tiny_pipeline.encode_prompt(params), tiny_pipeline.plan(params)
-    for resumed in steps[:-1]:
-        trajectory = dataclasses.replace(resumed, latents=resumed.latents.clone(), history=resumed.history.clone())
-        while not trajectory.is_finished:
-            trajectory = tiny_pipeline.step(trajectory, plan, conditioning)
-        assert torch.equal(trajectory.latents, steps[-1].latents)
+    fresh = tiny_pipeline.prepare(params)
+    conditioning = condition(tiny_pipeline.unet, [fresh.conditioning])
+    for stopped in steps[:-1]:
+        request = dataclasses.replace(fresh, trajectory=Trajectory.from_bytes(stopped.to_bytes()))
+        while not request.trajectory.is_finished:
+            (request,) = denoise_step(tiny_pipeline.unet, [request], conditioning)
+        assert torch.equal(request.trajectory.latents, steps[-1].latents)
 
 
 def test_a_request_that_is_no_longer_wanted_is_dropped_between_steps(tiny_pipeline):

@@ -1,0 +1,28 @@
+"""The engine: many requests share one UNet, and join, leave, pause and resume between any two of its steps."""
+
+from t2v_core.engine.batching import Priority
+from t2v_core.engine.budgets import RowBudgets, free_memory_bytes
+from t2v_core.engine.engine import Engine, Request
+from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
+from t2v_core.engine.preview import LatentsToRGB
+from t2v_core.engine.profile import Profile, measure
+from t2v_core.engine.thread import EngineThread
+
+__all__ = [
+    "Admitted",
+    "Cancelled",
+    "Engine",
+    "EngineThread",
+    "Event",
+    "Failed",
+    "Finished",
+    "LatentsToRGB",
+    "Preview",
+    "Priority",
+    "Profile",
+    "Request",
+    "RowBudgets",
+    "Stepped",
+    "free_memory_bytes",
+    "measure",
+]

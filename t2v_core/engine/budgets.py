@@ -1,0 +1,65 @@
+"""How many rows a step may have: the throughput knee of the shape, as far as memory allows."""
+
+import torch
+
+from t2v_core.engine.batching import Group
+from t2v_core.engine.profile import Profile
+from t2v_core.shapes import LatentShape
+
+_RECOVERY_STEPS = 200
+_STEP_S_UNMEASURED = 0.03  # a row
+_MEMORY_SHARE = 0.9
+
+
+class RowBudgets:
+    """The budgets of one device. They shrink when memory runs out and grow back when it seems to be free again.
+
+    Without a profile they are `unmeasured_rows`, by default those of one request with guidance: right on a CPU, where
+    a larger batch saves nothing.
+    """
+
+    def __init__(
+        self, profile: Profile | None = None, *, free_bytes: int | None = None, unmeasured_rows: int = 2
+    ) -> None:
+        self._profile, self._free_bytes, self._unmeasured_rows = profile, free_bytes, unmeasured_rows
+        self._limits: dict[LatentShape, int] = {}  # of shapes that ran out of memory
+        self._steps_since: dict[LatentShape, int] = {}
+
+    def rows(self, group: Group) -> int:
+        """At least 1."""
+        return max(1, min(self._usual(group.shape), self._limits.get(group.shape, self._usual(group.shape))))
+
+    def step_s(self, shape: LatentShape, rows: int) -> float:
+        """How long a step of so many rows takes."""
+        return self._profile.step_s(shape, rows) if self._profile else rows * _STEP_S_UNMEASURED
+
+    def halve(self, shape: LatentShape, rows: int) -> None:
+        """So many rows did not fit."""
+        self._limits[shape] = max(1, rows // 2)
+        self._steps_since[shape] = 0
+
+    def succeeded(self, shape: LatentShape) -> None:
+        """A step of this shape did fit. After many, more is tried again: others may have freed their memory."""
+        if shape not in self._limits:
+            return
+        self._steps_since[shape] += 1
+        if self._steps_since[shape] >= _RECOVERY_STEPS:
+            self._steps_since[shape] = 0
+            self._limits[shape] *= 2
+            if self._limits[shape] >= self._usual(shape):
+                del self._limits[shape]
+
+    def _usual(self, shape: LatentShape) -> int:
+        if self._profile is None:
+            return self._unmeasured_rows
+        fitting = None if self._free_bytes is None else self._profile.rows_that_fit(shape, self._free_bytes)
+        knee = self._profile.knee(shape)
+        return knee if fitting is None else min(knee, fitting)
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What steps may use of a GPU's memory: most of what is free now, or held by torch without use. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))

@@ -1,0 +1,221 @@
+"""Many requests, one UNet, and a batch that changes at every denoising step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from t2v_core.denoising import Denoising, denoise_step
+from t2v_core.engine.batching import Entry, Group, Priority, choose, due
+from t2v_core.engine.budgets import RowBudgets
+from t2v_core.engine.counters import Counters
+from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
+from t2v_core.engine.preview import LatentsToRGB
+from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError
+from t2v_core.guidance import BatchConditioning, condition
+from t2v_core.shapes import LatentShape
+from t2v_core.trajectory import Trajectory
+from t2v_core.unet3d import UNet3D
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A request as the engine takes it, at any of its steps.
+
+    `deadline_s` is by the engine's clock, and orders requests: nothing is dropped for missing it. A preview comes
+    after every `preview_every` steps; 0 is never.
+    """
+
+    id: str
+    denoising: Denoising
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+    preview_every: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A request in the engine."""
+
+    request: Request
+    entry: Entry
+    arrival_s: float
+    is_admitted: bool = False
+
+
+class Engine:
+    """Takes requests between any two steps and runs one step at a time. For one thread.
+
+    All that changes in a request is its trajectory, and a step makes new ones: a step that fails has changed nothing.
+    """
+
+    def __init__(
+        self,
+        unet: UNet3D,
+        budgets: RowBudgets,
+        *,
+        latents_to_rgb: LatentsToRGB | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counters: defaultdict[LatentShape, Counters] = defaultdict(Counters)
+        self._unet, self._budgets, self._latents_to_rgb, self._clock = unet, budgets, latents_to_rgb, clock
+        self._slots: dict[str, _Slot] = {}
+        self._num_added = 0
+        self._batch: tuple[str, ...] = ()  # of the last step
+        self._conditioning: BatchConditioning | None = None  # of that batch
+
+    def __len__(self) -> int:
+        """How many requests are waiting, running or set aside."""
+        return len(self._slots)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all requests, first come first."""
+        return list(self._slots)
+
+    def add(self, request: Request) -> None:
+        """Take a request in; it may join the next step. Raises InvalidRequest for an id that is already here."""
+        if request.id in self._slots:
+            raise InvalidRequest(f"request {request.id}: is already being denoised; use another id", param="id")
+        trajectory, conditioning = request.denoising.trajectory, request.denoising.conditioning
+        if trajectory.is_finished:
+            raise InvalidRequest(f"request {request.id}: has no steps left; decode its latents", param="id")
+        group = Group(trajectory.shape, len(conditioning.prompt))
+        now, rows = self._clock(), conditioning.num_rows
+        alone_s = (trajectory.num_steps - trajectory.step_index) * self._budgets.step_s(group.shape, rows)
+        due_s = due(now, alone_s, request.priority, request.deadline_s)
+        self._slots[request.id] = _Slot(request, Entry(request.id, group, rows, due_s, self._num_added), now)
+        self._num_added += 1
+        self.counters[group.shape].added += 1
+
+    def cancel(self, request_id: str) -> list[Event]:
+        """Drop a request. One that is not here, because it has ended, is no error."""
+        if request_id not in self._slots:
+            return []
+        self._count(request_id).cancelled += 1
+        self._remove(request_id)
+        return [Cancelled(request_id)]
+
+    def take(self, request_id: str) -> Trajectory | None:
+        """Where a request stands, to go on with it elsewhere: it leaves the engine. None if it is not here."""
+        if request_id not in self._slots:
+            return None
+        self._count(request_id).cancelled += 1
+        return _apart(self._remove(request_id).denoising.trajectory)
+
+    def look(self, request_id: str) -> Trajectory | None:
+        """Where a request stands, to save it; it stays. None if it is not here."""
+        slot = self._slots.get(request_id)
+        return None if slot is None else _apart(slot.request.denoising.trajectory)
+
+    def step(self) -> list[Event]:
+        """One denoising step of the requests whose turn it is, and what came of it."""
+        entries = choose([slot.entry for slot in self._slots.values()], self._budgets.rows)
+        if not entries:
+            return []
+        started = self._clock()
+        events = self._admit(entries, started)
+        try:
+            stepped, are_finite = self._denoise(entries)
+        except OutOfMemory as error:
+            message = str(error)  # the error itself holds on to the memory of the step that failed
+        else:
+            events += self._keep(entries, stepped, are_finite)
+            self._count_step(entries, self._clock() - started)
+            return events
+        return events + self._make_room(entries, message)
+
+    def fail_all(self, error: T2VError) -> list[Event]:
+        """Give every request up."""
+        return [event for request_id in self.ids for event in self._fail(request_id, error)]
+
+    def _admit(self, entries: Sequence[Entry], now: float) -> list[Event]:
+        events: list[Event] = []
+        for entry in entries:
+            slot, counters = self._slots[entry.id], self._count(entry.id)
+            if not slot.is_admitted:
+                slot.is_admitted = True
+                counters.admitted += 1
+                counters.queue_s += now - slot.arrival_s
+                events.append(Admitted(entry.id, now - slot.arrival_s))
+        return events
+
+    def _denoise(self, entries: Sequence[Entry]) -> tuple[list[Denoising], list[bool]]:
+        """The batch after its step, and whether each request's latents are still finite."""
+        ids = tuple(entry.id for entry in entries)
+        batch = [self._slots[request_id].request.denoising for request_id in ids]
+        if ids != self._batch or self._conditioning is None:
+            for request_id in set(self._batch) - set(ids):
+                if request_id in self._slots:
+                    self._count(request_id).set_aside += 1
+            self._batch, self._conditioning = ids, None  # the old one makes room first
+            self._conditioning = condition(self._unet, [request.conditioning for request in batch])
+        stepped = denoise_step(self._unet, batch, self._conditioning)
+        latents = torch.stack([request.trajectory.latents for request in stepped])
+        return stepped, latents.isfinite().flatten(1).all(dim=1).tolist()
+
+    def _keep(self, entries: Sequence[Entry], stepped: Sequence[Denoising], are_finite: Sequence[bool]) -> list[Event]:
+        events: list[Event] = []
+        for entry, denoising, is_finite in zip(entries, stepped, are_finite, strict=True):
+            slot, trajectory = self._slots[entry.id], denoising.trajectory
+            if not is_finite:
+                reason = (
+                    f"step {trajectory.step_index} of {trajectory.num_steps} gave latents that are not finite: "
+                    "use bf16 or fp32, or a lower guidance scale"
+                )
+                events += self._fail(entry.id, GenerationFailed(reason))
+                continue
+            slot.request = replace(slot.request, denoising=denoising)
+            events.append(Stepped(entry.id, trajectory.step_index, trajectory.num_steps))
+            if trajectory.is_finished:
+                self._count(entry.id).finished += 1
+                self._remove(entry.id)
+                events.append(Finished(entry.id, _apart(trajectory)))
+            elif self._wants_preview(slot.request, trajectory):
+                assert self._latents_to_rgb is not None
+                frames = self._latents_to_rgb(trajectory.x0).cpu()
+                events.append(Preview(entry.id, trajectory.step_index, frames))
+        return events
+
+    def _make_room(self, entries: Sequence[Entry], message: str) -> list[Event]:
+        """After a step that did not fit into memory: try half of it, or give up the one that does not fit alone."""
+        self._conditioning = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        shape = entries[0].group.shape
+        self.counters[shape].out_of_memory += 1
+        if len(entries) == 1:
+            return self._fail(entries[0].id, OutOfMemory(message))
+        self._budgets.halve(shape, sum(entry.rows for entry in entries))
+        return []
+
+    def _wants_preview(self, request: Request, trajectory: Trajectory) -> bool:
+        every = request.preview_every
+        return self._latents_to_rgb is not None and every > 0 and trajectory.step_index % every == 0
+
+    def _fail(self, request_id: str, error: T2VError) -> list[Event]:
+        self._count(request_id).failed += 1
+        self._remove(request_id)
+        return [Failed(request_id, error)]
+
+    def _remove(self, request_id: str) -> Request:
+        return self._slots.pop(request_id).request
+
+    def _count(self, request_id: str) -> Counters:
+        return self.counters[self._slots[request_id].entry.group.shape]
+
+    def _count_step(self, entries: Sequence[Entry], seconds: float) -> None:
+        shape = entries[0].group.shape
+        counters = self.counters[shape]
+        counters.steps += 1
+        counters.step_s += seconds
+        counters.rows += sum(entry.rows for entry in entries)
+        counters.budget_rows += self._budgets.rows(entries[0].group)
+        self._budgets.succeeded(shape)
+
+
+def _apart(trajectory: Trajectory) -> Trajectory:
+    """The same without the rows of its neighbours, whose memory it shares."""
+    return replace(trajectory, latents=trajectory.latents.clone(), history=trajectory.history.clone())

@@ -1,0 +1,152 @@
+"""How long a step takes, and how much memory, by shape and number of rows: measured, saved, read again."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from t2v_core.errors import InvalidProfile, OutOfMemory
+from t2v_core.out_of_memory import out_of_memory_explained
+from t2v_core.shapes import LatentShape
+from t2v_core.unet3d import UNet3D
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+_KNEE = 0.95  # of the best throughput: more rows only make everybody wait longer
+_REPEATS = 3
+
+
+class Measurement(BaseModel):
+    """One call of the UNet: median seconds, and the bytes it takes beside the weights (0 on a CPU: not known)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: LatentShape
+    rows: int = Field(ge=1)
+    step_s: float = Field(gt=0)
+    memory_bytes: int = Field(ge=0)
+
+    @property
+    def volume(self) -> int:
+        """Latents in all rows: what work and memory grow with."""
+        return self.rows * volume(self.shape)
+
+
+class Profile(BaseModel):
+    """What was measured on one kind of device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    dtype: str
+    measurements: tuple[Measurement, ...] = Field(min_length=1)
+
+    def knee(self, shape: LatentShape) -> int:
+        """The fewest rows that give nearly the best throughput. A shape that was not measured goes by its volume."""
+        nearest = self._of_nearest(shape)
+        best = max(m.rows / m.step_s for m in nearest)
+        rows = next(m.rows for m in nearest if m.rows / m.step_s >= _KNEE * best)
+        return max(1, round(rows * volume(nearest[0].shape) / volume(shape)))
+
+    def step_s(self, shape: LatentShape, rows: int) -> float:
+        """Seconds of a step of so many rows, by the nearest measurement."""
+        nearest = min(self._of_nearest(shape), key=lambda m: abs(m.volume - rows * volume(shape)))
+        return nearest.step_s * rows * volume(shape) / nearest.volume
+
+    def rows_that_fit(self, shape: LatentShape, free_bytes: int) -> int | None:
+        """How many rows this much memory holds; None where memory was not measured."""
+        bytes_per_latent = max(m.memory_bytes / m.volume for m in self.measurements)
+        return int(free_bytes / (bytes_per_latent * volume(shape))) if bytes_per_latent else None
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> "Profile":
+        """Raises InvalidProfile."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+            raise InvalidProfile(f"{path}: is no profile ({reason}); measure it again") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidProfile(f"{path}: cannot be read ({error}); measure it again") from error
+
+    def _of_nearest(self, shape: LatentShape) -> Sequence[Measurement]:
+        """All of the shape whose volume is nearest in proportion, fewest rows first."""
+
+        def distance(other: LatentShape) -> float:
+            small, large = sorted((volume(shape), volume(other)))
+            return large / small
+
+        nearest = min({m.shape for m in self.measurements}, key=lambda other: (other != shape, distance(other), other))
+        return sorted((m for m in self.measurements if m.shape == nearest), key=lambda m: m.rows)
+
+
+def volume(shape: LatentShape) -> int:
+    """Latents in a frame, times frames."""
+    return shape.num_frames * shape.height * shape.width
+
+
+def measure(unet: UNet3D, shapes: Sequence[LatentShape], num_tokens: int = 77, rows: Sequence[int] = ROWS) -> Profile:
+    """Time the UNet on random latents, with more and more rows until memory ends or nothing more is gained."""
+    parameter = next(unet.parameters())
+    measurements: list[Measurement] = []
+    for shape in shapes:
+        best = 0.0
+        for number in rows:
+            measured = _measure(unet, shape, number, num_tokens)
+            if measured is None:
+                break
+            measurements.append(measured)
+            throughput = number / measured.step_s
+            if throughput < 1.005 * best:  # past the knee for good
+                break
+            best = max(best, throughput)
+    if not measurements:
+        raise OutOfMemory(f"{shapes[0]}: not one row of it fits into memory; use a smaller size or half precision")
+    return Profile(device=_device_name(parameter.device), dtype=str(parameter.dtype), measurements=tuple(measurements))
+
+
+@torch.inference_mode()
+def _measure(unet: UNet3D, shape: LatentShape, rows: int, num_tokens: int) -> Measurement | None:
+    """None where memory does not hold so many rows."""
+    parameter = next(unet.parameters())
+    is_cuda = parameter.is_cuda
+    generator = torch.Generator(parameter.device).manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=parameter.device, dtype=parameter.dtype)
+
+    try:
+        with out_of_memory_explained():
+            latents = draw(rows, *shape)
+            timesteps = torch.full((rows,), 500.0, device=parameter.device)
+            text = unet.read_text(draw(rows, num_tokens, unet.config.cross_attention_dim))
+            before = 0
+            if is_cuda:
+                torch.cuda.empty_cache()
+                before = torch.cuda.memory_allocated(parameter.device)
+                torch.cuda.reset_peak_memory_stats(parameter.device)
+            seconds = [_seconds(lambda: unet(latents, timesteps, text), is_cuda) for _ in range(1 + _REPEATS)][1:]
+            peak = torch.cuda.max_memory_allocated(parameter.device) - before if is_cuda else 0
+    except OutOfMemory:
+        return None
+    return Measurement(shape=shape, rows=rows, step_s=statistics.median(seconds), memory_bytes=peak)
+
+
+def _seconds(call: Callable[[], object], is_cuda: bool) -> float:
+    if is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

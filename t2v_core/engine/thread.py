@@ -1,0 +1,125 @@
+"""The thread that runs an engine, so that callers may come from any other."""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+
+from t2v_core.engine.engine import Engine, Request
+from t2v_core.engine.events import ENDINGS, Event, Failed
+from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+_Command = Callable[[], list[Event]]
+
+
+class EngineThread:
+    """An engine at work. `on_event` is called in its thread with each event, in order, and should be quick."""
+
+    def __init__(self, engine: Engine, on_event: Callable[[Event], None]) -> None:
+        self._engine, self._on_event = engine, on_event
+        self._commands: SimpleQueue[_Command | None] = SimpleQueue()
+        self._live: set[str] = set()
+        self._lock = threading.Lock()  # of _live and _is_closed
+        self._is_closed = False
+        self.failure: str | None = None  # of the last step, where it was none of the errors that a request can have
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises InvalidRequest for an id that is already here."""
+        with self._lock:
+            if self._is_closed:
+                raise GenerationFailed(f"request {request.id}: the engine is closed; send it to another")
+            if request.id in self._live:
+                raise InvalidRequest(f"request {request.id}: is already being denoised; use another id", param="id")
+            self._live.add(request.id)
+            self._commands.put(lambda: self._add(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request before the next step. The event says when; of one that has ended there is none."""
+        self._commands.put(lambda: self._engine.cancel(request_id))
+
+    def take(self, request_id: str) -> "Future[Trajectory | None]":
+        """Where a request stands before the next step, to go on with it elsewhere. None if it has ended."""
+        return self._ask(lambda: self._take(request_id))
+
+    def look(self, request_id: str) -> "Future[Trajectory | None]":
+        """Where a request stands, to save it while it goes on. None if it has ended."""
+        return self._ask(lambda: self._engine.look(request_id))
+
+    def close(self) -> None:
+        """Stop after the step at hand, with a Cancelled for each request that is left."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._commands.put(None)
+        self._thread.join()
+
+    def _ask(self, question: Callable[[], Trajectory | None]) -> "Future[Trajectory | None]":
+        answer: Future[Trajectory | None] = Future()
+
+        def command() -> list[Event]:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+            return []
+
+        with self._lock:
+            if self._is_closed:
+                answer.set_result(None)
+            else:
+                self._commands.put(command)
+        return answer
+
+    def _add(self, request: Request) -> list[Event]:
+        try:
+            self._engine.add(request)
+        except InvalidRequest as error:
+            return [Failed(request.id, error)]
+        return []
+
+    def _take(self, request_id: str) -> Trajectory | None:
+        with self._lock:
+            self._live.discard(request_id)
+        return self._engine.take(request_id)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                command = self._commands.get(block=len(self._engine) == 0)
+            except Empty:
+                self._hand_out(self._step())
+                continue
+            if command is None:
+                break
+            self._hand_out(command())
+        for request_id in self._engine.ids:
+            self._hand_out(self._engine.cancel(request_id))
+
+    def _step(self) -> list[Event]:
+        try:
+            events = self._engine.step()
+        except Exception as error:
+            # Not one request's fault, so all of them end; a GPU that is lost stays lost, and the owner must know.
+            logger.exception("denoising failed: requests=%d", len(self._engine))
+            self.failure = f"{type(error).__name__}: {error}"
+            reason = f"the denoiser broke down ({self.failure}): try again on another"
+            return self._engine.fail_all(GenerationFailed(reason))
+        self.failure = None
+        return events
+
+    def _hand_out(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, ENDINGS):
+                with self._lock:
+                    self._live.discard(event.id)
+            try:
+                self._on_event(event)
+            except Exception:
+                logger.exception("the receiver of an event failed: event=%s", type(event).__name__)

@@ -1,0 +1,303 @@
+"""A batch that changes at every step gives each request what it gets alone: in float64, to 1e-10."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t2v_core.config import SAMPLER_NAMES
+from t2v_core.engine import Admitted, Cancelled, Engine, Failed, Finished, Preview, Request, RowBudgets, Stepped
+from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory
+from t2v_core.trajectory import Trajectory
+
+MIXED = [
+    {"seed": 1, "sampler": "dpmpp_2m", "num_inference_steps": 5},
+    {"seed": 2, "sampler": "euler_a", "num_inference_steps": 7},
+    {"seed": 3, "sampler": "unipc", "num_inference_steps": 4, "guidance_scale": 1.0},
+    {"seed": 4, "sampler": "ddim", "eta": 1.0, "num_inference_steps": 6, "guidance_scale": 3.0},
+    {"seed": 5, "sampler": "dpmpp_3m", "num_inference_steps": 8, "width": 24},
+    {"seed": 6, "sampler": "euler", "num_inference_steps": 3, "num_frames": 3},
+    {"seed": 7, "prompt": "word " * 90, "num_inference_steps": 4},
+]
+
+
+def run_to_end(engine):
+    """Every step that is left: all events, and the latents of what finished."""
+    events = []
+    while len(engine):
+        events += engine.step()
+    return events, {event.id: event.trajectory.latents for event in events if isinstance(event, Finished)}
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def rows_of_each_call(tiny_pipeline_float64):
+    rows = []
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    yield rows
+    handle.remove()
+
+
+def test_a_request_joining_midway_gets_the_video_it_gets_alone(engine, prepared, alone):
+    engine.add(Request("a", prepared(seed=1, num_inference_steps=8)))
+    for _ in range(3):
+        engine.step()
+    engine.add(Request("b", prepared(seed=2, num_inference_steps=8)))
+    _, latents = run_to_end(engine)
+    assert_same(latents["a"], alone(seed=1, num_inference_steps=8))
+    assert_same(latents["b"], alone(seed=2, num_inference_steps=8))
+
+
+def test_requests_that_differ_in_everything_share_an_engine(engine, prepared, alone, rows_of_each_call):
+    for number, wanted in enumerate(MIXED):
+        engine.add(Request(str(number), prepared(**wanted)))
+    _, latents = run_to_end(engine)
+    assert max(rows_of_each_call) == 7  # three requests with guidance and one without, of one shape
+    for number, wanted in enumerate(MIXED):
+        assert_same(latents[str(number)], alone(**wanted))
+
+
+@settings(max_examples=30)
+@given(data=st.data(), budget=st.integers(1, 8))
+def test_any_order_of_arrivals_and_cancels_gives_each_what_it_gets_alone(
+    tiny_pipeline_float64, prepared, alone, data, budget
+):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=budget))
+    waiting = data.draw(st.permutations(range(len(MIXED))))
+    running, cancelled, finished = set(), set(), {}
+    while waiting or len(engine):
+        action = data.draw(st.sampled_from(("add", "step", "step", "cancel")))
+        if action == "add" and waiting:
+            number = waiting.pop()
+            priority = data.draw(st.sampled_from(("urgent", "normal", "low")))
+            engine.add(Request(str(number), prepared(**MIXED[number]), priority=priority))
+            running.add(number)
+        elif action == "cancel" and running and len(cancelled) < 2:
+            number = data.draw(st.sampled_from(sorted(running)))
+            assert engine.cancel(str(number)) == [Cancelled(str(number))]
+            running.remove(number)
+            cancelled.add(number)
+        else:
+            ended = [event for event in engine.step() if isinstance(event, Finished)]
+            finished |= {int(event.id): event.trajectory.latents for event in ended}
+            running -= finished.keys()
+    assert finished.keys() | cancelled == set(range(len(MIXED)))
+    for number, latents in finished.items():
+        assert_same(latents, alone(**MIXED[number]))
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_a_request_moved_to_another_engine_at_any_step_ends_as_if_never_stopped(
+    tiny_pipeline_float64, prepared, alone, sampler
+):
+    settings = {"sampler": sampler, "num_inference_steps": 5, "seed": 9}
+    for stop in range(5):
+        here = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+        here.add(Request("other", prepared(seed=2)))
+        here.add(Request("moved", prepared(**settings)))
+        for _ in range(stop):
+            here.step()
+        saved = here.take("moved").to_bytes()
+        assert "moved" not in here.ids
+        there = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+        moved = dataclasses.replace(prepared(**settings), trajectory=Trajectory.from_bytes(saved))
+        there.add(Request("moved", moved))
+        assert_same(run_to_end(there)[1]["moved"], alone(**settings))
+        assert_same(run_to_end(here)[1]["other"], alone(seed=2))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a"])
+def test_resumed_in_the_same_batch_it_is_the_same_to_the_bit(tiny_pipeline, sampler):
+    def engine_with(trajectories):
+        engine = Engine(tiny_pipeline.unet, RowBudgets(unmeasured_rows=8))
+        for seed, trajectory in trajectories.items():
+            params = tiny_pipeline.params("a panda", seed=seed, sampler=sampler, num_inference_steps=6, num_frames=2)
+            start = tiny_pipeline.prepare(params)
+            engine.add(Request(str(seed), dataclasses.replace(start, trajectory=trajectory or start.trajectory)))
+        return engine
+
+    straight = engine_with({1: None, 2: None})
+    for _ in range(3):
+        straight.step()
+    saved = {seed: straight.look(str(seed)).to_bytes() for seed in (1, 2)}
+    resumed = engine_with({seed: Trajectory.from_bytes(file) for seed, file in saved.items()})
+    expected, actual = run_to_end(straight)[1], run_to_end(resumed)[1]
+    assert all(torch.equal(actual[name], expected[name]) for name in ("1", "2"))
+
+
+def test_the_events_of_a_request_come_once_and_in_order(engine, prepared):
+    engine.add(Request("a", prepared(num_inference_steps=3)))
+    events, _ = run_to_end(engine)
+    assert [type(event) for event in events] == [Admitted, Stepped, Stepped, Stepped, Finished]
+    assert [event.step_index for event in events if isinstance(event, Stepped)] == [1, 2, 3]
+    assert events[1].num_steps == 3
+
+
+def test_a_cancelled_request_is_out_of_the_next_step(engine, prepared, rows_of_each_call):
+    for name, seed in (("a", 1), ("b", 2), ("c", 3)):
+        engine.add(Request(name, prepared(seed=seed)))
+    engine.step()
+    assert engine.cancel("b") == [Cancelled("b")]
+    assert engine.cancel("b") == []
+    engine.step()
+    assert rows_of_each_call == [6, 4]
+
+
+def test_a_text_is_read_once_while_the_batch_stays_the_same(engine, prepared, tiny_pipeline_float64):
+    reads = []
+    reader = tiny_pipeline_float64.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    handle = reader.register_forward_hook(lambda *_: reads.append(1))
+    try:
+        engine.add(Request("a", prepared(seed=1, num_inference_steps=8)))
+        for _ in range(3):
+            engine.step()
+        assert len(reads) == 1
+        engine.add(Request("b", prepared(seed=2, num_inference_steps=8)))
+        engine.step()
+        engine.step()
+        assert len(reads) == 2
+    finally:
+        handle.remove()
+
+
+def test_an_urgent_request_sets_a_low_one_aside_and_both_are_as_alone(tiny_pipeline_float64, prepared, alone):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2))
+    engine.add(Request("low", prepared(seed=1, num_inference_steps=6), priority="low"))
+    for _ in range(2):
+        engine.step()
+    engine.add(Request("urgent", prepared(seed=2, num_inference_steps=3), priority="urgent"))
+    events, latents = run_to_end(engine)
+    assert [event.id for event in events if isinstance(event, Finished)] == ["urgent", "low"]
+    assert_same(latents["low"], alone(seed=1, num_inference_steps=6))
+    assert_same(latents["urgent"], alone(seed=2, num_inference_steps=3))
+    (counters,) = engine.counters.values()
+    assert counters.set_aside == 1
+
+
+def test_a_deadline_brings_a_request_forward(tiny_pipeline_float64, prepared):
+    now = itertools.count()
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2), clock=lambda: float(next(now)))
+    engine.add(Request("a", prepared(seed=1)))
+    engine.add(Request("b", prepared(seed=2), deadline_s=1.0))
+    events, _ = run_to_end(engine)
+    assert [event.id for event in events if isinstance(event, Finished)] == ["b", "a"]
+
+
+def fail_above(unet, max_rows, error):
+    def check(_, arguments):
+        if len(arguments[0]) > max_rows:
+            raise error
+
+    return unet.register_forward_pre_hook(check)
+
+
+def test_when_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(
+    tiny_pipeline_float64, prepared, alone, rows_of_each_call
+):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+    handle = fail_above(tiny_pipeline_float64.unet, 4, torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    try:
+        for seed in range(4):
+            engine.add(Request(str(seed), prepared(seed=seed, sampler="euler_a")))
+        events, latents = run_to_end(engine)
+    finally:
+        handle.remove()
+    assert rows_of_each_call[:2] == [8, 4]
+    assert max(rows_of_each_call[1:]) == 4
+    assert not any(isinstance(event, Failed) for event in events)
+    assert [event.id for event in events if isinstance(event, Admitted)] == ["0", "1", "2", "3"]
+    for seed in range(4):
+        assert_same(latents[str(seed)], alone(seed=seed, sampler="euler_a"))
+
+
+def test_a_request_that_does_not_fit_alone_fails_and_the_others_go_on(tiny_pipeline_float64, prepared, alone):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+    handle = fail_above(tiny_pipeline_float64.unet, 1, torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    try:
+        engine.add(Request("two rows", prepared(seed=1)))
+        engine.add(Request("one row", prepared(seed=2, guidance_scale=1.0)))
+        events, latents = run_to_end(engine)
+    finally:
+        handle.remove()
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.id == "two rows"
+    assert isinstance(failed.error, OutOfMemory)
+    assert "smaller size" in str(failed.error)
+    assert failed.error.__traceback__ is None  # it would keep the memory of the step
+    assert_same(latents["one row"], alone(seed=2, guidance_scale=1.0))
+
+
+def test_the_budget_grows_back_when_memory_seems_free_again(tiny_pipeline_float64, prepared, rows_of_each_call):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+    handle = fail_above(tiny_pipeline_float64.unet, 2, torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    for seed in range(3):
+        engine.add(Request(str(seed), prepared(seed=seed, num_inference_steps=250, guidance_scale=1.0)))
+    for _ in range(5):
+        engine.step()
+    handle.remove()
+    assert rows_of_each_call[1:] == [1] * 4
+    for _ in range(200):
+        engine.step()
+    assert rows_of_each_call[-1] > 1
+
+
+def test_numbers_that_are_not_finite_fail_their_own_request_only(engine, prepared, alone):
+    start = prepared(seed=1)
+    latents = start.trajectory.latents.clone()
+    latents[0, 0, 0, 0] = float("nan")
+    broken = dataclasses.replace(start, trajectory=dataclasses.replace(start.trajectory, latents=latents))
+    engine.add(Request("broken", broken))
+    engine.add(Request("whole", prepared(seed=2)))
+    events, finished = run_to_end(engine)
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.id == "broken"
+    assert isinstance(failed.error, GenerationFailed)
+    assert "step 1 of 5" in str(failed.error)
+    assert_same(finished["whole"], alone(seed=2))
+
+
+def test_the_counters_add_up(tiny_pipeline_float64, prepared):
+    now = itertools.count()
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=4), clock=lambda: float(next(now)))
+    for seed in range(3):
+        engine.add(Request(str(seed), prepared(seed=seed, num_inference_steps=4)))
+    engine.add(Request("dropped", prepared(seed=9)))
+    engine.cancel("dropped")
+    run_to_end(engine)
+    (counters,) = engine.counters.values()
+    assert (counters.added, counters.admitted, counters.finished, counters.cancelled) == (4, 3, 3, 1)
+    assert counters.rows == 3 * 4 * 2
+    assert counters.steps == 8  # two together, then the third
+    assert counters.budget_rows == 8 * 4
+    assert counters.step_s == 8
+    assert counters.queue_s > 0
+
+
+def test_what_cannot_be_added_is_refused(engine, prepared, tiny_pipeline_float64):
+    engine.add(Request("a", prepared()))
+    with pytest.raises(InvalidRequest, match="use another id"):
+        engine.add(Request("a", prepared()))
+    run_to_end(engine)
+    done = prepared().trajectory
+    done = dataclasses.replace(done, step_index=done.num_steps)
+    with pytest.raises(InvalidRequest, match="no steps left"):
+        engine.add(Request("b", dataclasses.replace(prepared(), trajectory=done)))
+
+
+def test_previews_come_only_when_they_are_asked_for(tiny_pipeline_float64, prepared):
+    def map_to_gray(latents):
+        return torch.zeros(*latents.shape[1:], 3, dtype=torch.uint8)
+
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), latents_to_rgb=map_to_gray)
+    engine.add(Request("seen", prepared(seed=1, num_inference_steps=7), preview_every=3))
+    engine.add(Request("unseen", prepared(seed=2, num_inference_steps=7)))
+    events, _ = run_to_end(engine)
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [(event.id, event.step_index) for event in previews] == [("seen", 3), ("seen", 6)]
+    assert previews[0].frames.shape == (2, 2, 2, 3)

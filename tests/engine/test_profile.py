@@ -1,0 +1,97 @@
+"""How the row budget comes from what was measured."""
+
+import pytest
+import torch
+
+from t2v_core.engine import Profile, RowBudgets, measure
+from t2v_core.engine.batching import Group
+from t2v_core.engine.profile import Measurement
+from t2v_core.errors import InvalidProfile, OutOfMemory
+from t2v_core.shapes import LatentShape
+
+SHAPE = LatentShape(4, 16, 32, 32)
+# What diffusers' UNet took on an H200, and about its memory beside the weights.
+SECONDS = {1: 0.065, 2: 0.083, 4: 0.104, 8: 0.182, 16: 0.332, 32: 0.647}
+PROFILE = Profile(
+    device="NVIDIA H200",
+    dtype="torch.float16",
+    measurements=tuple(
+        Measurement(shape=SHAPE, rows=rows, step_s=step_s, memory_bytes=rows * 320_000_000)
+        for rows, step_s in SECONDS.items()
+    ),
+)
+
+
+def test_the_knee_is_the_fewest_rows_of_nearly_the_best_throughput():
+    assert PROFILE.knee(SHAPE) == 16  # 48.2 rows a second; 32 rows give 49.5, and 8 give 44.0
+
+
+def test_a_shape_that_was_not_measured_goes_by_its_volume():
+    assert PROFILE.knee(LatentShape(4, 16, 32, 64)) == 8
+    assert PROFILE.knee(LatentShape(4, 8, 32, 32)) == 32
+    assert PROFILE.knee(LatentShape(4, 160, 320, 320)) == 1
+    assert PROFILE.step_s(LatentShape(4, 16, 32, 64), 8) == pytest.approx(SECONDS[16])
+
+
+def test_memory_bounds_the_rows():
+    group = Group(SHAPE, 77)
+    assert RowBudgets(PROFILE, free_bytes=10**12).rows(group) == 16
+    assert RowBudgets(PROFILE, free_bytes=2_000_000_000).rows(group) == 6
+    assert RowBudgets(PROFILE, free_bytes=1).rows(group) == 1
+
+
+def test_a_budget_that_was_halved_grows_back_after_many_steps():
+    group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
+    budgets.halve(SHAPE, 16)
+    budgets.halve(SHAPE, 8)
+    assert budgets.rows(group) == 4
+    seen = []
+    for _ in range(1000):
+        budgets.succeeded(SHAPE)
+        seen.append(budgets.rows(group))
+    assert seen[100] == 4
+    assert sorted(set(seen)) == [4, 8, 16]
+
+
+def test_a_profile_is_saved_and_read_again(tmp_path):
+    PROFILE.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == PROFILE
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"device": "x", "dtype": "y", "measurements": [], "more": 1}', "\x00"])
+def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, text):
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(InvalidProfile, match=r"profile\.json.*measure it again"):
+        Profile.load(tmp_path / "profile.json")
+    with pytest.raises(InvalidProfile, match="missing"):
+        Profile.load(tmp_path / "missing")
+
+
+def test_measuring_the_real_network_stops_where_memory_ends(tiny_pipeline):
+    shape = LatentShape(4, 2, 4, 4)
+
+    def check(_, arguments):
+        if len(arguments[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    handle = tiny_pipeline.unet.register_forward_pre_hook(check)
+    try:
+        profile = measure(tiny_pipeline.unet, [shape], rows=(1, 4, 8))
+    finally:
+        handle.remove()
+    assert {m.rows for m in profile.measurements} <= {1, 4}
+    assert (profile.device, profile.dtype) == ("cpu", "torch.float32")
+    assert profile.knee(shape) in (1, 4)
+    assert RowBudgets(profile).step_s(shape, 1) > 0
+
+
+def test_a_shape_of_which_no_row_fits_is_an_error(tiny_pipeline):
+    def check(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    handle = tiny_pipeline.unet.register_forward_pre_hook(check)
+    try:
+        with pytest.raises(OutOfMemory, match="smaller size"):
+            measure(tiny_pipeline.unet, [LatentShape(4, 2, 4, 4)])
+    finally:
+        handle.remove()

@@ -1,0 +1,177 @@
+"""The engine in its own thread: what callers in other threads see."""
+
+import gc
+import logging
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from t2v_core.engine import Cancelled, Engine, EngineThread, Failed, Finished, Request, RowBudgets
+from t2v_core.engine.events import ENDINGS
+from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.trajectory import Trajectory
+
+
+class Events:
+    """Collects what a thread hands out, and waits for endings."""
+
+    def __init__(self):
+        self.all = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event):
+        with self._changed:
+            self.all.append(event)
+            self._changed.notify_all()
+
+    def ending_of(self, request_id):
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._endings(request_id), timeout=120)
+        (ending,) = self._endings(request_id)
+        return ending
+
+    def _endings(self, request_id):
+        return [event for event in self.all if event.id == request_id and isinstance(event, ENDINGS)]
+
+
+@pytest.fixture
+def running(tiny_pipeline_float64):
+    events = Events()
+    thread = EngineThread(Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8)), events)
+    yield thread, events
+    thread.close()
+
+
+def test_requests_from_many_threads_each_get_their_own_video(running, prepared, alone):
+    thread, events = running
+
+    def ask(seed):
+        thread.add(Request(str(seed), prepared(seed=seed)))
+
+    for seed in range(6):
+        prepared(seed=seed)
+    callers = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for caller in callers:
+        caller.start()
+    for seed in range(6):
+        ending = events.ending_of(str(seed))
+        assert isinstance(ending, Finished)
+        torch.testing.assert_close(ending.trajectory.latents, alone(seed=seed), rtol=1e-10, atol=1e-10)
+
+
+def test_a_cancelled_request_ends_long_before_its_steps(running, prepared):
+    thread, events = running
+    thread.add(Request("a", prepared(num_inference_steps=999)))
+    thread.cancel("a")
+    assert events.ending_of("a") == Cancelled("a")
+    thread.cancel("a")  # it has ended: nothing happens
+    thread.add(Request("a", prepared(num_inference_steps=2)))
+    while not any(isinstance(event, Finished) for event in events.all):
+        time.sleep(0.01)
+
+
+def test_a_request_taken_out_goes_on_in_another_engine(running, prepared, alone, tiny_pipeline_float64):
+    thread, events = running
+    thread.add(Request("a", prepared(seed=4, num_inference_steps=200)))
+    while not events.all[3:]:
+        time.sleep(0.01)
+    looked = thread.look("a").result(60)
+    taken = thread.take("a").result(60)
+    assert 0 < looked.step_index <= taken.step_index < 200
+    assert thread.take("a").result(60) is None
+    assert thread.look("a").result(60) is None
+
+
+def test_an_id_is_refused_while_it_is_in_use_and_free_after(running, prepared):
+    thread, events = running
+    thread.add(Request("a", prepared(num_inference_steps=400)))
+    with pytest.raises(InvalidRequest, match="use another id"):
+        thread.add(Request("a", prepared()))
+    thread.cancel("a")
+    events.ending_of("a")
+    thread.add(Request("a", prepared(num_inference_steps=2)))
+
+
+def test_closing_ends_every_request_and_takes_no_more(running, prepared):
+    thread, events = running
+    for seed in range(3):
+        thread.add(Request(str(seed), prepared(seed=seed, num_inference_steps=999)))
+    thread.close()
+    assert [events.ending_of(str(seed)) for seed in range(3)] == [Cancelled(str(seed)) for seed in range(3)]
+    with pytest.raises(GenerationFailed, match="closed"):
+        thread.add(Request("late", prepared()))
+    assert thread.look("0").result(1) is None
+
+
+def test_a_breakdown_fails_the_requests_at_hand_and_is_told_and_the_thread_lives_on(
+    running, prepared, tiny_pipeline_float64, caplog
+):
+    thread, events = running
+
+    def break_down(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(break_down)
+    with caplog.at_level(logging.CRITICAL):
+        thread.add(Request("a", prepared(num_inference_steps=3)))
+        failed = events.ending_of("a")
+    handle.remove()
+    assert isinstance(failed, Failed)
+    assert "illegal memory access" in str(failed.error)
+    assert "illegal memory access" in thread.failure
+    thread.add(Request("b", prepared(num_inference_steps=3)))
+    assert isinstance(events.ending_of("b"), Finished)
+    assert thread.failure is None
+
+
+def test_a_receiver_that_fails_does_not_stop_the_engine(tiny_pipeline_float64, prepared):
+    seen = []
+
+    def receive(event):
+        seen.append(event)
+        raise ValueError("receiver")
+
+    thread = EngineThread(Engine(tiny_pipeline_float64.unet, RowBudgets()), receive)
+    thread.add(Request("a", prepared(num_inference_steps=2)))
+    deadline = time.monotonic() + 60
+    while not any(isinstance(event, Finished) for event in seen):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    thread.close()
+
+
+def test_nothing_is_left_of_ten_thousand_requests_that_came_and_went(tiny_pipeline_float64, prepared):
+    draw, endings, engine = random.Random(0), {}, Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+
+    def receive(event):
+        if isinstance(event, ENDINGS):
+            endings[event.id] = type(event)
+
+    starts = [prepared(seed=seed, num_inference_steps=steps) for seed, steps in ((1, 2), (2, 50), (3, 999))]
+    gc.collect()
+    before = sum(isinstance(thing, Trajectory) for thing in gc.get_objects())
+    thread = EngineThread(engine, receive)
+    live = []
+    for number in range(10_000):
+        thread.add(Request(str(number), draw.choice(starts), priority=draw.choice(("urgent", "normal", "low"))))
+        live.append(str(number))
+        if draw.random() < 0.05:
+            time.sleep(draw.random() * 0.01)
+        while len(live) > draw.randrange(1, 40):
+            thread.cancel(live.pop(draw.randrange(len(live))))
+    for request_id in live:
+        thread.cancel(request_id)
+    while len(endings) < 10_000:
+        time.sleep(0.01)
+    thread.close()
+    assert set(endings.values()) <= {Cancelled, Finished}
+    assert len(engine) == 0
+    assert not thread._live
+    (counters,) = engine.counters.values()
+    assert counters.added == 10_000 == counters.cancelled + counters.finished
+    del thread, engine
+    gc.collect()
+    assert sum(isinstance(thing, Trajectory) for thing in gc.get_objects()) == before
