@@ -75,7 +75,12 @@ class Trajectory:
             tensors = load(file)
             latents, history, noise_state = (tensors[name] for name in ("latents", "history", "noise_state"))
             num_steps, step_index = tensors["steps"].tolist()
-            is_whole = latents.dim() == 4 and history.shape == (2, *latents.shape) and 0 <= step_index <= num_steps
+            is_whole = (
+                latents.dim() == 4
+                and latents.is_floating_point()
+                and history.shape == (2, *latents.shape)
+                and 0 <= step_index <= num_steps
+            )
             NoiseSource(state=noise_state)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UnreadableTrajectory(

@@ -3,8 +3,8 @@
     python -m t2v_core.demo.train CHECKPOINT_FOLDER --work WORK_FOLDER
 
 Everything is drawn, trained and written from one seed. It can be stopped at any time, also by --max-seconds: the same
-command goes on where the last state in the work folder ends. On one H200 a step of the autoencoder took 0.048 s, drawing
-and encoding the videos a minute, and a step of the denoiser 0.083 s: 19 minutes for all.
+command goes on where the last state in the work folder ends. On one H200 a step of the autoencoder took 0.048 s,
+drawing and encoding the videos a minute, and a step of the denoiser 0.083 s: 19 minutes for all.
 """
 
 import argparse

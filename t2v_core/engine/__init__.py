@@ -4,7 +4,7 @@ from t2v_core.engine.batching import Priority
 from t2v_core.engine.budgets import RowBudgets, free_memory_bytes
 from t2v_core.engine.engine import Engine, Request
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
-from t2v_core.engine.preview import LatentsToRGB
+from t2v_core.engine.preview import FewFrames, LatentsToRGB
 from t2v_core.engine.profile import Profile, measure
 from t2v_core.engine.thread import EngineThread
 
@@ -15,6 +15,7 @@ __all__ = [
     "EngineThread",
     "Event",
     "Failed",
+    "FewFrames",
     "Finished",
     "LatentsToRGB",
     "Preview",

@@ -12,7 +12,7 @@ from t2v_core.engine.batching import Entry, Group, Priority, choose, due
 from t2v_core.engine.budgets import RowBudgets
 from t2v_core.engine.counters import Counters
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
-from t2v_core.engine.preview import LatentsToRGB
+from t2v_core.engine.preview import Previewer
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError
 from t2v_core.guidance import BatchConditioning, condition
 from t2v_core.shapes import LatentShape
@@ -56,11 +56,11 @@ class Engine:
         unet: UNet3D,
         budgets: RowBudgets,
         *,
-        latents_to_rgb: LatentsToRGB | None = None,
+        previewer: Previewer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters: defaultdict[LatentShape, Counters] = defaultdict(Counters)
-        self._unet, self._budgets, self._latents_to_rgb, self._clock = unet, budgets, latents_to_rgb, clock
+        self._unet, self._budgets, self._previewer, self._clock = unet, budgets, previewer, clock
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
         self._batch: tuple[str, ...] = ()  # of the last step
@@ -174,8 +174,8 @@ class Engine:
                 self._remove(entry.id)
                 events.append(Finished(entry.id, _apart(trajectory)))
             elif self._wants_preview(slot.request, trajectory):
-                assert self._latents_to_rgb is not None
-                frames = self._latents_to_rgb(trajectory.x0).cpu()
+                assert self._previewer is not None
+                frames = self._previewer(trajectory.x0).cpu()
                 events.append(Preview(entry.id, trajectory.step_index, frames))
         return events
 
@@ -193,7 +193,7 @@ class Engine:
 
     def _wants_preview(self, request: Request, trajectory: Trajectory) -> bool:
         every = request.preview_every
-        return self._latents_to_rgb is not None and every > 0 and trajectory.step_index % every == 0
+        return self._previewer is not None and every > 0 and trajectory.step_index % every == 0
 
     def _fail(self, request_id: str, error: T2VError) -> list[Event]:
         self._count(request_id).failed += 1

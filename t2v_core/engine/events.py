@@ -27,7 +27,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preview:
-    """What the video will be like, one pixel for each latent: uint8 (f, h, w, 3), on the CPU."""
+    """What the video will be like, as the engine's previewer shows it: uint8 (f, h, w, 3), on the CPU."""
 
     id: str
     step_index: int

@@ -1,5 +1,6 @@
-"""Small pictures of latents without a decoder: colours are nearly linear in the latents."""
+"""Small pictures of a video that is not finished: by a decoder at low cost, or without one, where none is at hand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,14 +12,34 @@ from torch import Tensor
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.shapes import SPATIAL_SCALE
 
-_NUM_PICTURES = 16
+# From latents, (c, f, h, w), to uint8 frames (f', h', w', 3), not necessarily all, on the latents' device.
+Previewer = Callable[[Tensor], Tensor]
+
+_NUM_PICTURES = 32
 _SIDE = 64
-_PATCHES = 4  # a side: large areas of one colour, as most of a video is
+_PATCHES = 2  # a side: large areas of one colour, as most of a video is
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FewFrames:
+    """Decodes some frames, spread evenly: each costs what it costs in the finished video."""
+
+    autoencoder: Autoencoder
+    num_frames: int = 4
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        picked = torch.linspace(0, latents.shape[1] - 1, min(self.num_frames, latents.shape[1])).round().long()
+        few = latents[:, picked.to(latents.device)].to(next(self.autoencoder.parameters()))
+        return _to_bytes(rearrange(torch.cat(list(self.autoencoder.decode_chunks(few))), "f c h w -> f h w c"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentsToRGB:
-    """A linear map from a latent to the mean colour of the pixels that it stands for. weight: (3, c), bias: (3,)."""
+    """A linear map from a latent to the mean colour of the pixels that it stands for: one pixel for each latent.
+
+    Nearly free, and as good as the latents are linear in colours. weight: (3, c), bias: (3,).
+    """
 
     weight: Tensor
     bias: Tensor
@@ -29,14 +50,11 @@ class LatentsToRGB:
         """The map that is best, by least squares, for pictures of coloured patches that this model encodes."""
         parameter = next(autoencoder.parameters())
         generator = torch.Generator().manual_seed(0)
-        patches = 2 * torch.rand((_NUM_PICTURES, 3, _PATCHES, _PATCHES), generator=generator) - 1
-        patches[: _NUM_PICTURES // 2] = patches[: _NUM_PICTURES // 2].sign() * 0.9
-        pictures = torch.cat(
-            [
-                F.interpolate(patches[::2], size=(_SIDE, _SIDE)),
-                F.interpolate(patches[1::2], size=(_SIDE, _SIDE), mode="bilinear"),
-            ]
-        )
+        size = (_NUM_PICTURES // 2, 3, _PATCHES, _PATCHES)
+        plain = 0.95 * (torch.randint(3, size, generator=generator) - 1.0)
+        shaded = 2 * torch.rand(size, generator=generator) - 1
+        side = (_SIDE, _SIDE)
+        pictures = torch.cat([F.interpolate(plain, side), F.interpolate(shaded, side, mode="bilinear")])
         frames = rearrange(pictures.to(parameter), "f c h w -> 1 c f h w")
         latents = rearrange(autoencoder.encode(frames).mean[0], "c f h w -> (f h w) c").double().cpu()
         colours = rearrange(F.avg_pool2d(pictures, SPATIAL_SCALE), "f c h w -> (f h w) c").double()
@@ -45,6 +63,9 @@ class LatentsToRGB:
         return cls(solution[:-1].T.float().to(parameter.device), solution[-1].float().to(parameter.device))
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """latents: (c, f, h, w) -> uint8 (f, h, w, 3), on the latents' device."""
-        colours = torch.einsum("kc,cfhw->fhwk", self.weight, latents.to(self.weight)) + self.bias
-        return ((colours / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+        return _to_bytes(torch.einsum("kc,cfhw->fhwk", self.weight, latents.to(self.weight)) + self.bias)
+
+
+def _to_bytes(colours: Tensor) -> Tensor:
+    """[-1, 1] to uint8."""
+    return ((colours.float() / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)

@@ -104,7 +104,6 @@ RECIPE = Recipe(
     autoencoder_batch=2,
     videos=3,
     steps=2,
-   
     batch=2,
     warmup_steps=2,
 )

@@ -294,7 +294,7 @@ def test_previews_come_only_when_they_are_asked_for(tiny_pipeline_float64, prepa
     def map_to_gray(latents):
         return torch.zeros(*latents.shape[1:], 3, dtype=torch.uint8)
 
-    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), latents_to_rgb=map_to_gray)
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), previewer=map_to_gray)
     engine.add(Request("seen", prepared(seed=1, num_inference_steps=7), preview_every=3))
     engine.add(Request("unseen", prepared(seed=2, num_inference_steps=7)))
     events, _ = run_to_end(engine)
