@@ -21,6 +21,13 @@ _MAX_FIGURES = 2
 
 def draw_scenes(scenes: Sequence[Scene], draw: random.Random, device: torch.device | str = "cpu") -> Tensor:
     """One video of each scene, with a size, a start and a speed of its own: uint8 (b, f, h, w, 3)."""
+    return draw_with_paths(scenes, draw, device)[0]
+
+
+def draw_with_paths(
+    scenes: Sequence[Scene], draw: random.Random, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The same, and where the figures are: (b, 2, f, 4), centre x and y, radius and angle; zeros for no figure."""
     paths = torch.zeros(len(scenes), _MAX_FIGURES, NUM_FRAMES, 4)
     kinds = torch.zeros(len(scenes), _MAX_FIGURES, dtype=torch.long)
     colours = torch.zeros(len(scenes), _MAX_FIGURES, 3)
@@ -30,7 +37,8 @@ def draw_scenes(scenes: Sequence[Scene], draw: random.Random, device: torch.devi
             paths[row, i] = torch.tensor(_path(figure, draw))
             kinds[row, i] = SHAPES.index(figure.shape)
             colours[row, i] = torch.tensor(RGB[figure.colour], dtype=torch.float32)
-    return _render(paths.to(device), kinds.to(device), colours.to(device), backgrounds.to(device))
+    paths = paths.to(device)
+    return _render(paths, kinds.to(device), colours.to(device), backgrounds.to(device)), paths
 
 
 def _path(figure: Figure, draw: random.Random) -> list[tuple[float, float, float, float]]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from t2v_core.demo.captions import plain_caption, random_caption
-from t2v_core.demo.drawing import NUM_FRAMES, SIDE, draw_scenes
+from t2v_core.demo.drawing import NUM_FRAMES, SIDE, draw_scenes, draw_with_paths
 from t2v_core.demo.measuring import look_at
 from t2v_core.demo.model import CONFIG
 from t2v_core.demo.scenes import (
@@ -158,3 +158,15 @@ def test_an_installation_has_the_whole_checkpoint_and_its_model_card():
 def test_the_checkpoint_has_the_sizes_of_the_training():
     shipped = open_checkpoint("demo").config
     assert (shipped.unet, shipped.text_encoder, shipped.defaults) == (CONFIG.unet, CONFIG.text_encoder, CONFIG.defaults)
+
+
+def test_the_paths_say_where_the_figures_are():
+    scene = Scene((Figure("circle", "red", "down_right", "small"),), "white")
+    ((frames,), (paths,)) = draw_with_paths([scene], random.Random(0))
+    is_red = (frames[..., 2] < 128).float()
+    places = (torch.arange(SIDE) + 0.5) / SIDE
+    x, y, radius, _ = paths[0].unbind(-1)
+    torch.testing.assert_close((is_red.sum(dim=1) @ places) / is_red.sum(dim=(1, 2)), x, atol=0.005, rtol=0)
+    torch.testing.assert_close((is_red.sum(dim=2) @ places) / is_red.sum(dim=(1, 2)), y, atol=0.005, rtol=0)
+    torch.testing.assert_close((is_red.mean(dim=(1, 2)) / torch.pi).sqrt(), radius, atol=0.005, rtol=0)
+    assert not paths[1].any()
