@@ -163,7 +163,8 @@ class SimulatedEngine:
     def add(self, job: Job) -> None:
         alone_s = job.kind.num_steps * self._budgets.step_s(job.kind.shape, job.rows)
         due_s = due(self._clock.now(), alone_s, job.priority)
-        entry = Entry(job.id, Group(job.kind.shape, 77), job.rows, due_s, self._num_added)
+        group = Group(job.kind.shape, 77)
+        entry = Entry(job.id, group, job.rows, due_s, self._num_added, job.priority == "urgent")
         self._entries[job.id] = entry, job
         self._num_added += 1
 

@@ -46,12 +46,14 @@ def denoise_step(unet: UNet3D, batch: Sequence[Denoising], conditioning: BatchCo
 
 def _draw_noise(batch: Sequence[Denoising], latents: Tensor) -> tuple[Tensor | None, list[Tensor]]:
     """Each request's own noise, (b, c, f, h, w), where its sampler wants any; and where its source stands then."""
-    noise = None
     states = [request.trajectory.noise_state for request in batch]
-    for row, request in enumerate(batch):
-        if request.plan.draws_noise(request.trajectory.step_index):
-            source = NoiseSource(state=states[row])
-            noise = torch.zeros_like(latents) if noise is None else noise
-            noise[row] = source.frames(request.trajectory.shape).to(latents)
-            states[row] = source.state
-    return noise, states
+    drawing = [row for row, request in enumerate(batch) if request.plan.draws_noise(request.trajectory.step_index)]
+    if not drawing:
+        return None, states
+    # One copy for all, from pinned memory: any other would wait for the GPU before the next is drawn.
+    noise = torch.zeros(latents.shape, pin_memory=latents.is_cuda)
+    for row in drawing:
+        source = NoiseSource(state=states[row])
+        noise[row] = source.frames(batch[row].trajectory.shape)
+        states[row] = source.state
+    return noise.to(latents, non_blocking=True), states

@@ -17,8 +17,8 @@ from t2v_core.shapes import LatentShape
 
 Priority = Literal["urgent", "normal", "low"]
 
-PATIENCE_S: dict[Priority, float] = {"urgent": 0.0, "normal": 60.0, "low": 600.0}
-STRETCH = 4.0  # how many times its own length alone a request may take: long ones yield to short ones
+PATIENCE_S: dict[Priority, float] = {"urgent": 0.0, "normal": 120.0, "low": 600.0}
+STRETCH = 2.0  # how many times its own length alone a request may take: long ones yield to short ones
 
 
 class Group(NamedTuple):
@@ -26,6 +26,19 @@ class Group(NamedTuple):
 
     shape: LatentShape
     num_tokens: int  # of text
+
+
+class Demand(NamedTuple):
+    """What decides how large a batch of a group is good: the rows that want to be in it.
+
+    `urgent_rows` are those of urgent requests where the request due first is one of them: riders must not slow it much.
+    """
+
+    rows: int
+    urgent_rows: int = 0
+
+
+RowBudget = Callable[[Group, Demand], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,7 @@ class Entry:
     rows: int
     due_s: float
     number: int
+    is_urgent: bool = False
 
     @property
     def order(self) -> tuple[float, int]:
@@ -44,22 +58,32 @@ class Entry:
 
 
 def due(arrival_s: float, alone_s: float, priority: Priority = "normal", deadline_s: float | None = None) -> float:
-    """When a request is due that came at `arrival_s` and takes `alone_s` by itself. A deadline can only hasten it."""
+    """When a request is due that came at `arrival_s` and takes `alone_s` by itself.
+
+    A deadline can only hasten it, and does so whatever the priority.
+    """
     usual = arrival_s + PATIENCE_S[priority] + STRETCH * alone_s
     return usual if deadline_s is None else min(usual, deadline_s)
 
 
-def choose(entries: Sequence[Entry], row_budget: Callable[[Group], int]) -> list[Entry]:
+def choose(entries: Sequence[Entry], row_budget: RowBudget) -> list[Entry]:
     """The batch of the next step, in the order in which its requests came; empty only if there are none.
 
     The request due first is always in it, even where it alone is over the budget.
     """
     if not entries:
         return []
-    first, *others = sorted(entries, key=lambda entry: entry.order)
-    chosen, room = [first], row_budget(first.group) - first.rows
-    for entry in others:
-        if entry.group == first.group and entry.rows <= room:
+    first = min(entries, key=lambda entry: entry.order)
+    candidates = sorted((entry for entry in entries if entry.group == first.group), key=lambda entry: entry.order)
+    room = row_budget(first.group, _demand(first, candidates))
+    chosen = []
+    for entry in candidates:
+        if entry.rows <= room or entry is first:
             chosen.append(entry)
             room -= entry.rows
     return sorted(chosen, key=lambda entry: entry.number)
+
+
+def _demand(first: Entry, candidates: Sequence[Entry]) -> Demand:
+    urgent_rows = sum(entry.rows for entry in candidates if entry.is_urgent) if first.is_urgent else 0
+    return Demand(sum(entry.rows for entry in candidates), urgent_rows)

@@ -2,7 +2,7 @@
 
 import torch
 
-from t2v_core.engine.batching import Group
+from t2v_core.engine.batching import Demand, Group
 from t2v_core.engine.profile import Profile
 from t2v_core.shapes import LatentShape
 
@@ -10,9 +10,16 @@ _RECOVERY_STEPS = 200
 _STEP_S_UNMEASURED = 0.03  # a row
 _MEMORY_SHARE = 0.9
 
+# Both were found by simulation of Poisson arrivals with an H200's step times (load_tests/planned.py).
+_BACKLOG = 1.5  # times the rows of best throughput: with so many waiting, throughput is what shortens the wait
+_URGENT_SLOWDOWN = 1.7  # how much longer riders may make a step of urgent requests
+
 
 class RowBudgets:
     """The budgets of one device. They shrink when memory runs out and grow back when it seems to be free again.
+
+    Usually it is the knee: nearly the best throughput, with fewer rows to wait for. Under a backlog it is the best, and
+    beside urgent requests only as much as does not slow them much.
 
     Without a profile they are `unmeasured_rows`, by default those of one request with guidance: right on a CPU, where
     a larger batch saves nothing.
@@ -25,9 +32,16 @@ class RowBudgets:
         self._limits: dict[LatentShape, int] = {}  # of shapes that ran out of memory
         self._steps_since: dict[LatentShape, int] = {}
 
-    def rows(self, group: Group) -> int:
+    def rows(self, group: Group, demand: Demand) -> int:
         """At least 1."""
-        return max(1, min(self._usual(group.shape), self._limits.get(group.shape, self._usual(group.shape))))
+        shape = group.shape
+        usual = self._usual(shape, demand.rows)
+        rows = min(usual, self._limits.get(shape, usual))
+        if demand.urgent_rows and self._profile:
+            longest_s = _URGENT_SLOWDOWN * self._profile.step_s(shape, demand.urgent_rows)
+            while rows > demand.urgent_rows and self._profile.step_s(shape, rows) > longest_s:
+                rows -= 1
+        return max(1, rows)
 
     def step_s(self, shape: LatentShape, rows: int) -> float:
         """How long a step of so many rows takes."""
@@ -46,15 +60,16 @@ class RowBudgets:
         if self._steps_since[shape] >= _RECOVERY_STEPS:
             self._steps_since[shape] = 0
             self._limits[shape] *= 2
-            if self._limits[shape] >= self._usual(shape):
+            if self._limits[shape] >= self._usual(shape, self._limits[shape]):
                 del self._limits[shape]
 
-    def _usual(self, shape: LatentShape) -> int:
+    def _usual(self, shape: LatentShape, demanded_rows: int) -> int:
         if self._profile is None:
             return self._unmeasured_rows
+        best = self._profile.best_rows(shape)
+        rows = best if demanded_rows >= _BACKLOG * best else self._profile.knee(shape)
         fitting = None if self._free_bytes is None else self._profile.rows_that_fit(shape, self._free_bytes)
-        knee = self._profile.knee(shape)
-        return knee if fitting is None else min(knee, fitting)
+        return rows if fitting is None else min(rows, fitting)
 
 
 def free_memory_bytes(device: torch.device) -> int | None:

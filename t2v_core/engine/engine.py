@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from t2v_core.denoising import Denoising, denoise_step
-from t2v_core.engine.batching import Entry, Group, Priority, choose, due
+from t2v_core.engine.batching import Demand, Entry, Group, Priority, choose, due
 from t2v_core.engine.budgets import RowBudgets
 from t2v_core.engine.counters import Counters
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
@@ -24,14 +24,15 @@ from t2v_core.unet3d import UNet3D
 class Request:
     """A request as the engine takes it, at any of its steps.
 
-    `deadline_s` is by the engine's clock, and orders requests: nothing is dropped for missing it. A preview comes
-    after every `preview_every` steps; 0 is never.
+    `deadline_s` is by the engine's clock, and orders requests: nothing is dropped for missing it. `waited_s` is how
+    long it has waited elsewhere. A preview comes after every `preview_every` steps; 0 is never.
     """
 
     id: str
     denoising: Denoising
     priority: Priority = "normal"
     deadline_s: float | None = None
+    waited_s: float = 0.0
     preview_every: int = 0
 
 
@@ -60,7 +61,8 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters: defaultdict[LatentShape, Counters] = defaultdict(Counters)
-        self._unet, self._budgets, self._previewer, self._clock = unet, budgets, previewer, clock
+        self.clock = clock
+        self._unet, self._budgets, self._previewer = unet, budgets, previewer
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
         self._batch: tuple[str, ...] = ()  # of the last step
@@ -75,18 +77,23 @@ class Engine:
         """Of all requests, first come first."""
         return list(self._slots)
 
-    def add(self, request: Request) -> None:
-        """Take a request in; it may join the next step. Raises InvalidRequest for an id that is already here."""
+    def add(self, request: Request, arrival_s: float | None = None) -> None:
+        """Take a request in; it may join the next step. It came now or, by the engine's clock, at `arrival_s`.
+
+        Raises InvalidRequest for an id that is already here.
+        """
         if request.id in self._slots:
             raise InvalidRequest(f"request {request.id}: is already being denoised; use another id", param="id")
         trajectory, conditioning = request.denoising.trajectory, request.denoising.conditioning
         if trajectory.is_finished:
             raise InvalidRequest(f"request {request.id}: has no steps left; decode its latents", param="id")
         group = Group(trajectory.shape, len(conditioning.prompt))
-        now, rows = self._clock(), conditioning.num_rows
+        rows = conditioning.num_rows
+        arrival_s = (self.clock() if arrival_s is None else arrival_s) - request.waited_s
         alone_s = (trajectory.num_steps - trajectory.step_index) * self._budgets.step_s(group.shape, rows)
-        due_s = due(now, alone_s, request.priority, request.deadline_s)
-        self._slots[request.id] = _Slot(request, Entry(request.id, group, rows, due_s, self._num_added), now)
+        due_s = due(arrival_s, alone_s, request.priority, request.deadline_s)
+        entry = Entry(request.id, group, rows, due_s, self._num_added, request.priority == "urgent")
+        self._slots[request.id] = _Slot(request, entry, arrival_s)
         self._num_added += 1
         self.counters[group.shape].added += 1
 
@@ -115,7 +122,7 @@ class Engine:
         entries = choose([slot.entry for slot in self._slots.values()], self._budgets.rows)
         if not entries:
             return []
-        started = self._clock()
+        started = self.clock()
         events = self._admit(entries, started)
         try:
             stepped, are_finite = self._denoise(entries)
@@ -123,7 +130,7 @@ class Engine:
             message = str(error)  # the error itself holds on to the memory of the step that failed
         else:
             events += self._keep(entries, stepped, are_finite)
-            self._count_step(entries, self._clock() - started)
+            self._count_step(entries, self.clock() - started)
             return events
         return events + self._make_room(entries, message)
 
@@ -147,12 +154,13 @@ class Engine:
         ids = tuple(entry.id for entry in entries)
         batch = [self._slots[request_id].request.denoising for request_id in ids]
         if ids != self._batch or self._conditioning is None:
-            for request_id in set(self._batch) - set(ids):
-                if request_id in self._slots:
-                    self._count(request_id).set_aside += 1
-            self._batch, self._conditioning = ids, None  # the old one makes room first
+            self._conditioning = None  # it makes room first
             self._conditioning = condition(self._unet, [request.conditioning for request in batch])
         stepped = denoise_step(self._unet, batch, self._conditioning)
+        for request_id in set(self._batch) - set(ids):
+            if request_id in self._slots:
+                self._count(request_id).set_aside += 1
+        self._batch = ids
         latents = torch.stack([request.trajectory.latents for request in stepped])
         return stepped, latents.isfinite().flatten(1).all(dim=1).tolist()
 
@@ -211,8 +219,9 @@ class Engine:
         counters = self.counters[shape]
         counters.steps += 1
         counters.step_s += seconds
-        counters.rows += sum(entry.rows for entry in entries)
-        counters.budget_rows += self._budgets.rows(entries[0].group)
+        rows = sum(entry.rows for entry in entries)
+        counters.rows += rows
+        counters.budget_rows += max(rows, self._budgets.rows(entries[0].group, Demand(rows)))
         self._budgets.succeeded(shape)
 
 

@@ -45,15 +45,26 @@ class Profile(BaseModel):
 
     def knee(self, shape: LatentShape) -> int:
         """The fewest rows that give nearly the best throughput. A shape that was not measured goes by its volume."""
-        nearest = self._of_nearest(shape)
-        best = max(m.rows / m.step_s for m in nearest)
-        rows = next(m.rows for m in nearest if m.rows / m.step_s >= _KNEE * best)
-        return max(1, round(rows * volume(nearest[0].shape) / volume(shape)))
+        return self._rows_of_throughput(shape, _KNEE)
+
+    def best_rows(self, shape: LatentShape) -> int:
+        """The rows that give the best throughput."""
+        return self._rows_of_throughput(shape, 1.0)
 
     def step_s(self, shape: LatentShape, rows: int) -> float:
-        """Seconds of a step of so many rows, by the nearest measurement."""
-        nearest = min(self._of_nearest(shape), key=lambda m: abs(m.volume - rows * volume(shape)))
-        return nearest.step_s * rows * volume(shape) / nearest.volume
+        """Seconds of a step of so many rows: on the line between two measurements, or in proportion to the last."""
+        nearest = self._of_nearest(shape)
+        wanted = rows * volume(shape)
+        below = next((m for m in reversed(nearest) if m.volume <= wanted), None)
+        above = next((m for m in nearest if m.volume >= wanted), None)
+        if below is None:
+            return nearest[0].step_s
+        if above is None:
+            return below.step_s * wanted / below.volume
+        if above.volume == below.volume:
+            return below.step_s
+        share = (wanted - below.volume) / (above.volume - below.volume)
+        return below.step_s + share * (above.step_s - below.step_s)
 
     def rows_that_fit(self, shape: LatentShape, free_bytes: int) -> int | None:
         """How many rows this much memory holds; None where memory was not measured."""
@@ -74,6 +85,12 @@ class Profile(BaseModel):
             raise InvalidProfile(f"{path}: is no profile ({reason}); measure it again") from error
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidProfile(f"{path}: cannot be read ({error}); measure it again") from error
+
+    def _rows_of_throughput(self, shape: LatentShape, share: float) -> int:
+        nearest = self._of_nearest(shape)
+        best = max(m.rows / m.step_s for m in nearest)
+        rows = next(m.rows for m in nearest if m.rows / m.step_s >= share * best)
+        return max(1, round(rows * volume(nearest[0].shape) / volume(shape)))
 
     def _of_nearest(self, shape: LatentShape) -> Sequence[Measurement]:
         """All of the shape whose volume is nearest in proportion, fewest rows first."""
@@ -96,14 +113,15 @@ def measure(unet: UNet3D, shapes: Sequence[LatentShape], num_tokens: int = 77, r
     parameter = next(unet.parameters())
     measurements: list[Measurement] = []
     for shape in shapes:
-        best = 0.0
+        best, in_vain = 0.0, 0
         for number in rows:
             measured = _measure(unet, shape, number, num_tokens)
             if measured is None:
                 break
             measurements.append(measured)
             throughput = number / measured.step_s
-            if throughput < 1.005 * best:  # past the knee for good
+            in_vain = in_vain + 1 if throughput < 1.005 * best else 0
+            if in_vain == 2:  # one may be an accident, or a number that the GPU likes less
                 break
             best = max(best, throughput)
     if not measurements:

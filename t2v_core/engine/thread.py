@@ -37,7 +37,8 @@ class EngineThread:
             if request.id in self._live:
                 raise InvalidRequest(f"request {request.id}: is already being denoised; use another id", param="id")
             self._live.add(request.id)
-            self._commands.put(lambda: self._add(request))
+            arrival_s = self._engine.clock()
+            self._commands.put(lambda: self._add(request, arrival_s))
 
     def cancel(self, request_id: str) -> None:
         """Drop a request before the next step. The event says when; of one that has ended there is none."""
@@ -77,9 +78,9 @@ class EngineThread:
                 self._commands.put(command)
         return answer
 
-    def _add(self, request: Request) -> list[Event]:
+    def _add(self, request: Request, arrival_s: float) -> list[Event]:
         try:
-            self._engine.add(request)
+            self._engine.add(request, arrival_s)
         except InvalidRequest as error:
             return [Failed(request.id, error)]
         return []

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2v_core.engine.batching import PATIENCE_S, STRETCH, Entry, Group, choose, due
+from t2v_core.engine.batching import PATIENCE_S, STRETCH, Demand, Entry, Group, choose, due
 from t2v_core.shapes import LatentShape
 
 GROUPS = [Group(LatentShape(4, 16, side, side), 77) for side in (16, 32)] + [Group(LatentShape(4, 16, 32, 32), 154)]
@@ -23,10 +23,14 @@ entries = st.lists(
 budgets = st.fixed_dictionaries({group: st.integers(1, 8) for group in GROUPS})
 
 
+def known(budget):
+    return lambda group, demand: budget[group]
+
+
 @given(entries=entries, budget=budgets, data=st.data())
 def test_a_batch_is_one_group_within_its_budget_and_as_full_as_it_can_be(entries, budget, data):
-    chosen = choose(entries, budget.__getitem__)
-    assert chosen == choose(data.draw(st.permutations(entries)), budget.__getitem__)
+    chosen = choose(entries, known(budget))
+    assert chosen == choose(data.draw(st.permutations(entries)), known(budget))
     if not entries:
         assert chosen == []
         return
@@ -66,7 +70,7 @@ def test_nobody_waits_for_more_than_the_steps_of_those_due_before(jobs, budget, 
     here, ended, now = [], {}, 0
     while here or arrivals.keys() - range(now):
         here += arrivals.get(now, [])
-        for entry in choose(here, budget.__getitem__):
+        for entry in choose(here, known(budget)):
             steps_left[entry.id] -= 1
             if steps_left[entry.id] == 0:
                 here.remove(entry)
@@ -84,7 +88,7 @@ def test_a_low_request_is_served_while_urgent_ones_never_stop_coming():
     second = next(
         second
         for second in range(10_000)
-        if low in choose([low, Entry("urgent", group, 2, due(second, 1.0, "urgent"), second + 1)], lambda _: 2)
+        if low in choose([low, Entry("urgent", group, 2, due(second, 1.0, "urgent"), second + 1)], lambda *_: 2)
     )
     assert second <= PATIENCE_S["low"] + STRETCH * 10.0
 
@@ -97,3 +101,21 @@ def test_of_two_that_come_together_the_shorter_is_due_first():
 def test_a_deadline_hastens_and_never_delays():
     assert due(10.0, 1.0, "low", deadline_s=12.0) == 12.0
     assert due(10.0, 1.0, "urgent", deadline_s=1e6) == due(10.0, 1.0, "urgent")
+
+
+def demands_of(entries):
+    demands = []
+    choose(entries, lambda group, demand: demands.append((group, demand)) or 8)
+    return demands
+
+
+def test_the_budget_hears_who_is_waiting_in_the_group_whose_turn_it_is():
+    here, elsewhere = GROUPS[0], GROUPS[1]
+    entries = [
+        Entry("first", here, 2, 1.0, 0),
+        Entry("urgent, but due later", here, 1, 2.0, 1, is_urgent=True),
+        Entry("of another shape", elsewhere, 2, 3.0, 2),
+    ]
+    assert demands_of(entries) == [(here, Demand(rows=3, urgent_rows=0))]
+    urgent = [Entry("urgent", here, 2, 0.0, 3, is_urgent=True), *entries]
+    assert demands_of(urgent) == [(here, Demand(rows=5, urgent_rows=3))]

@@ -189,6 +189,15 @@ def test_a_deadline_brings_a_request_forward(tiny_pipeline_float64, prepared):
     assert [event.id for event in events if isinstance(event, Finished)] == ["b", "a"]
 
 
+def test_a_request_that_waited_elsewhere_goes_first(tiny_pipeline_float64, prepared):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2))
+    engine.add(Request("here", prepared(seed=1)))
+    engine.add(Request("moved", prepared(seed=2), waited_s=20.0))
+    events, _ = run_to_end(engine)
+    assert [event.id for event in events if isinstance(event, Finished)] == ["moved", "here"]
+    assert 20.0 <= next(event.queue_s for event in events if isinstance(event, Admitted)) < 80.0
+
+
 def fail_above(unet, max_rows, error):
     def check(_, arguments):
         if len(arguments[0]) > max_rows:

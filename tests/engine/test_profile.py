@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2v_core.engine import Profile, RowBudgets, measure
-from t2v_core.engine.batching import Group
+from t2v_core.engine.batching import Demand, Group
 from t2v_core.engine.profile import Measurement
 from t2v_core.errors import InvalidProfile, OutOfMemory
 from t2v_core.shapes import LatentShape
@@ -33,22 +33,42 @@ def test_a_shape_that_was_not_measured_goes_by_its_volume():
     assert PROFILE.step_s(LatentShape(4, 16, 32, 64), 8) == pytest.approx(SECONDS[16])
 
 
+def test_a_step_time_lies_between_the_measured_ones():
+    assert PROFILE.step_s(SHAPE, 8) == SECONDS[8]
+    assert PROFILE.step_s(SHAPE, 12) == pytest.approx((SECONDS[8] + SECONDS[16]) / 2)
+    assert PROFILE.step_s(SHAPE, 64) == pytest.approx(2 * SECONDS[32])
+    assert PROFILE.step_s(LatentShape(4, 1, 8, 8), 1) == SECONDS[1]
+
+
+def test_a_backlog_gets_the_rows_of_best_throughput():
+    group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
+    assert PROFILE.best_rows(SHAPE) == 32
+    assert [budgets.rows(group, Demand(rows)) for rows in (2, 32, 46, 48, 200)] == [16, 16, 16, 32, 32]
+
+
+def test_riders_must_not_slow_an_urgent_request_much():
+    group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
+    rows = budgets.rows(group, Demand(200, urgent_rows=2))
+    assert PROFILE.step_s(SHAPE, rows) <= 1.7 * PROFILE.step_s(SHAPE, 2) < PROFILE.step_s(SHAPE, rows + 1)
+    assert budgets.rows(group, Demand(200, urgent_rows=200)) == 32
+
+
 def test_memory_bounds_the_rows():
     group = Group(SHAPE, 77)
-    assert RowBudgets(PROFILE, free_bytes=10**12).rows(group) == 16
-    assert RowBudgets(PROFILE, free_bytes=2_000_000_000).rows(group) == 6
-    assert RowBudgets(PROFILE, free_bytes=1).rows(group) == 1
+    assert RowBudgets(PROFILE, free_bytes=10**12).rows(group, Demand(2)) == 16
+    assert RowBudgets(PROFILE, free_bytes=2_000_000_000).rows(group, Demand(2)) == 6
+    assert RowBudgets(PROFILE, free_bytes=1).rows(group, Demand(2)) == 1
 
 
 def test_a_budget_that_was_halved_grows_back_after_many_steps():
     group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
     budgets.halve(SHAPE, 16)
     budgets.halve(SHAPE, 8)
-    assert budgets.rows(group) == 4
+    assert budgets.rows(group, Demand(2)) == 4
     seen = []
     for _ in range(1000):
         budgets.succeeded(SHAPE)
-        seen.append(budgets.rows(group))
+        seen.append(budgets.rows(group, Demand(2)))
     assert seen[100] == 4
     assert sorted(set(seen)) == [4, 8, 16]
 
