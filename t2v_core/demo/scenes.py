@@ -45,6 +45,7 @@ RGB: dict[Colour, tuple[int, int, int]] = {
 
 _ROUND = ("circle", "ring")  # nobody sees them spin
 _IN_PLACE: tuple[Motion, ...] = ("up", "down", "growing", "shrinking", "spinning", "bouncing", "still")
+BACKWARD: tuple[Motion, ...] = ("left", "up", "up_left", "down_left", "shrinking")  # another motion's time reversed
 _HELD_OUT_SHARE = 10  # one combination in so many is never trained on
 _TWO_FIGURES_SHARE = 0.12
 

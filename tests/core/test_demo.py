@@ -104,6 +104,7 @@ RECIPE = Recipe(
     autoencoder_batch=2,
     videos=3,
     steps=2,
+    forward_steps=1,
     batch=2,
     warmup_steps=2,
 )
@@ -157,7 +158,12 @@ def test_an_installation_has_the_whole_checkpoint_and_its_model_card():
 
 def test_the_checkpoint_has_the_sizes_of_the_training():
     shipped = open_checkpoint("demo").config
-    assert (shipped.unet, shipped.text_encoder, shipped.defaults) == (CONFIG.unet, CONFIG.text_encoder, CONFIG.defaults)
+    assert (shipped.unet, shipped.text_encoder, shipped.schedule, shipped.defaults) == (
+        CONFIG.unet,
+        CONFIG.text_encoder,
+        CONFIG.schedule,
+        CONFIG.defaults,
+    )
 
 
 def test_the_paths_say_where_the_figures_are():

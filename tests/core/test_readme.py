@@ -26,7 +26,7 @@ def test_the_python_examples_run_one_after_the_other(tiny_checkpoint, tmp_path, 
     exec(smaller, names)
     assert "t2v_core.load()" in code
     circle = look_at(read_video(tmp_path / "circle.mp4", width=128, height=128, fps=8, num_frames=16))
-    assert (circle.background, circle.colour, circle.shape) == ("white", "red", "circle")
+    assert (circle.background, circle.colour, circle.shape, circle.motion) == ("white", "red", "circle", "right")
     assert (tmp_path / "panda.mp4").stat().st_size > 1000
     assert names["edited"].params.num_frames == 8
     assert "step 10 of 10" in capsys.readouterr().out
