@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Unpack
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from t2v_core.autoencoder import Autoencoder, frames_per_chunk
+from t2v_core import stages
+from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import GenerationDefaults
 from t2v_core.denoising import Denoising, denoise_step
-from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.errors import InvalidRequest
 from t2v_core.guidance import Conditioning, condition
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.params import GenerationParams, InputVideo, Settings, resolve
-from t2v_core.samplers import Coefficients, coefficients
+from t2v_core.samplers import Coefficients
 from t2v_core.schedule import Schedule
 from t2v_core.text_encoder import TextEncoder, Tokenizer
-from t2v_core.trajectory import NoiseSource, Trajectory
+from t2v_core.trajectory import Trajectory
 from t2v_core.unet3d import UNet3D
 from t2v_core.video import Video
 from t2v_core.weights import DEMO, is_folder, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
@@ -67,7 +67,7 @@ class Pipeline:
         while not request.trajectory.is_finished:
             (request,) = denoise_step(self.unet, [request], conditioning)
             yield request.trajectory
-        self._check_finite(request.trajectory.latents)
+        stages.check_finite(request.trajectory.latents, next(self.unet.parameters()))
 
     def prepare(self, params: GenerationParams) -> Denoising:
         """The request before its first step, with all that its steps need."""
@@ -78,68 +78,20 @@ class Pipeline:
     @out_of_memory_explained()
     def encode_prompt(self, params: GenerationParams) -> Conditioning:
         """The text embeddings of the prompt and, where guidance is on, of the negative prompt."""
-        prompt = self.tokenizer(params.prompt)
-        if params.guidance_scale <= 1.0:
-            return Conditioning(self.text_encoder.encode([prompt])[0], None, params.guidance_scale)
-        negative = self.tokenizer(params.negative_prompt, param="negative_prompt")
-        # Both rows go through the UNet together, so the shorter text is filled up with empty pieces.
-        num_chunks = max(len(prompt), len(negative))
-        padded = [torch.cat([ids, self.tokenizer("").repeat(num_chunks - len(ids), 1)]) for ids in (prompt, negative)]
-        prompt_embeds, negative_embeds = self.text_encoder.encode(padded)
-        return Conditioning(prompt_embeds, negative_embeds, params.guidance_scale)
+        return stages.conditioning_of(self.text_encoder.encode(stages.tokenize(self.tokenizer, params)), params)
 
     def plan(self, params: GenerationParams) -> Coefficients:
         """The sampler's scalars for every step that this request runs."""
-        return coefficients(
-            params.sampler, self.schedule, params.num_inference_steps, first_step=params.first_step, eta=params.eta
-        )
+        return stages.plan(self.schedule, params)
 
-    @torch.inference_mode()
-    @out_of_memory_explained()
     def start(self, params: GenerationParams, plan: Coefficients) -> Trajectory:
         """The request before its first step: noise or, from an input video, its latents with noise on top."""
-        shape = params.shape.latents()
-        source = NoiseSource(params.seed)
-        if params.video is None:
-            latents = plan.noise_scale * self._to_latents(source.video(shape))
-        else:
-            mean, std = self._encode(params.video)
-            x0 = mean + std * self._to_latents(source.frames(shape))
-            noise = self._to_latents(source.frames(shape))
-            latents = plan.alpha[0].to(x0) * x0 + plan.sigma[0].to(x0) * noise
-        return Trajectory.start(latents, source.state, plan.num_steps)
+        video = None if params.video is None else stages.encode_frames(self.autoencoder, params.video)
+        return stages.start(params, plan, self.device, self.dtype, video)
 
-    @torch.inference_mode()
-    @out_of_memory_explained()
     def decode(self, latents: Tensor) -> Tensor:
         """Frames from final latents: (c, f, h, w) -> uint8 (f, 8h, 8w, 3), on the CPU. Raises GenerationFailed."""
-        chunks = []
-        for chunk in self.autoencoder.decode_chunks(latents.to(self.dtype)):
-            self._check_finite(chunk)
-            pixels = (chunk.float() / 2 + 0.5).clamp(0, 1) * 255
-            chunks.append(rearrange(pixels.to(torch.uint8), "f c h w -> f h w c").cpu())
-        return torch.cat(chunks)
-
-    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents of uint8 frames (f, h, w, 3), a chunk at a time: two of (c, f, h, w)."""
-        means, stds = [], []
-        for chunk in torch.split(frames, frames_per_chunk(*frames.shape[1:3])):
-            pixels = rearrange(self._to_latents(chunk) / 127.5 - 1.0, "f h w c -> 1 c f h w")
-            mean, std = self.autoencoder.encode(pixels.to(self.dtype))
-            means.append(self._to_latents(mean[0]))
-            stds.append(self._to_latents(std[0]))
-        return torch.cat(means, dim=1), torch.cat(stds, dim=1)
-
-    def _to_latents(self, values: Tensor) -> Tensor:
-        """On the device, in float32 or better: whatever the networks run in, steps must not add up rounding."""
-        return values.to(self.device, torch.promote_types(self.dtype, torch.float32))
-
-    def _check_finite(self, values: Tensor) -> None:
-        if not values.isfinite().all():
-            raise GenerationFailed(
-                f"{self.name} in {self.dtype} on {self.device} gave values that are not finite: "
-                "use bf16 or fp32, or a lower guidance scale"
-            )
+        return stages.decode_frames(self.autoencoder, latents)
 
 
 DTYPES: dict[str, torch.dtype] = {
@@ -164,8 +116,8 @@ def load(
     there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own.
     Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used.
     """
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_device = device_of(device)
+    torch_dtype = dtype_of(dtype, torch_device)
     checkpoint = open_checkpoint(model, revision=revision, half=torch_dtype == torch.float16)
     return Pipeline(
         # It is written into videos, and where a folder lies is nobody's business.
@@ -181,7 +133,8 @@ def load(
     )
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def device_of(name: str | torch.device | None) -> torch.device:
+    """A device that can be used; None is a GPU where there is one. Raises InvalidRequest."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -193,7 +146,8 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def dtype_of(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What networks run in; None is fp16 on a GPU and fp32 elsewhere. Raises InvalidRequest."""
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     dtype = DTYPES.get(name) if isinstance(name, str) else name
