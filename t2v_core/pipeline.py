@@ -22,7 +22,14 @@ from t2v_core.text_encoder import TextEncoder, Tokenizer
 from t2v_core.trajectory import Trajectory
 from t2v_core.unet3d import UNet3D
 from t2v_core.video import Video
-from t2v_core.weights import DEMO, is_folder, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights import (
+    DEMO,
+    load_autoencoder,
+    load_text_encoder,
+    load_unet,
+    open_checkpoint,
+    public_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +127,7 @@ def load(
     torch_dtype = dtype_of(dtype, torch_device)
     checkpoint = open_checkpoint(model, revision=revision, half=torch_dtype == torch.float16)
     return Pipeline(
-        # It is written into videos, and where a folder lies is nobody's business.
-        name=Path(model).expanduser().resolve().name if is_folder(model) else checkpoint.name,
+        name=public_name(model),
         tokenizer=Tokenizer(checkpoint.config.text_encoder.context_length),
         text_encoder=load_text_encoder(checkpoint, torch_device, torch_dtype),
         unet=load_unet(checkpoint, torch_device, torch_dtype),

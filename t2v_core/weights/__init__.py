@@ -2,16 +2,16 @@
 
 from t2v_core.weights.checkpoint import Checkpoint
 from t2v_core.weights.convert import convert
-from t2v_core.weights.find import DEMO, is_folder, open_checkpoint
+from t2v_core.weights.find import DEMO, open_checkpoint, public_name
 from t2v_core.weights.networks import load_autoencoder, load_text_encoder, load_unet
 
 __all__ = [
     "DEMO",
     "Checkpoint",
     "convert",
-    "is_folder",
     "load_autoencoder",
     "load_text_encoder",
     "load_unet",
     "open_checkpoint",
+    "public_name",
 ]

@@ -62,6 +62,11 @@ def is_folder(model: str | Path) -> bool:
     return model != DEMO and Path(model).expanduser().is_dir()
 
 
+def public_name(model: str | Path) -> str:
+    """What a model is called in videos and answers. Where a folder lies is nobody's business."""
+    return Path(model).expanduser().resolve().name if is_folder(model) else str(model)
+
+
 def _demo() -> Path:
     if not _DEMO_FOLDER.is_dir():
         raise CheckpointNotFound(

@@ -1,0 +1,1 @@
+"""Text to video as a service: Ray Serve deployments behind the `/v1/videos` API."""

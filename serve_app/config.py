@@ -1,0 +1,148 @@
+"""What the service is told when it is built: read once, in `build`; each part receives only its own section.
+
+The defaults are the embedded ones: one machine, the demo checkpoint on its CPU, SQLite and a folder.
+cluster/serve/local.yaml says the same.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scaling(_Section):
+    """How many replicas a stage has, and the share of a machine each takes. `min_replicas` 0 scales to zero.
+
+    `max_ongoing` requests share a replica: with more waiting, Serve starts another, as far as `max_replicas`.
+    `num_threads`: of torch; by default as many as `num_cpus`, 0 for all cores of the machine.
+    """
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    max_ongoing: int = Field(default=8, ge=1)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: int | None = Field(default=None, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    upscale_delay_s: float = Field(default=2.0, ge=0)
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}: lower the first"
+            )
+        return self
+
+
+class TextEncoderConfig(Scaling):
+    """Text encoders: on CPUs, and quick beside the rest."""
+
+    max_ongoing: int = Field(default=64, ge=1)
+    num_cpus: float = Field(default=0.2, ge=0)
+    dtype: Precision | None = None
+    max_batch: int = Field(default=8, ge=1)
+    batch_wait_s: float = Field(default=0.01, ge=0)
+    cache_entries: int = Field(default=512, ge=1)
+
+
+class DenoiserConfig(Scaling):
+    """Denoisers: `max_ongoing` videos share a GPU, and `urgent_reserve` more if they are urgent.
+
+    `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU.
+    """
+
+    max_ongoing: int = Field(default=2, ge=1)
+    urgent_reserve: int = Field(default=1, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_threads: int | None = Field(default=0, ge=0)
+    dtype: Precision | None = None
+    profile: Path | None = None
+    checkpoint_every_s: Seconds = 5.0
+    preview_every_steps: int = Field(default=5, ge=0)
+
+
+class DecoderConfig(Scaling):
+    """Decoders: latents to frames, and frames to files in threads beside that."""
+
+    max_ongoing: int = Field(default=4, ge=1)
+    num_cpus: float = Field(default=0.4, ge=0)
+    num_threads: int | None = Field(default=0, ge=0)
+    dtype: Precision | None = None
+    encoding_threads: int = Field(default=2, ge=1)
+
+
+class GeneratorConfig(_Section):
+    """Generators: a fixed number of them that claim jobs and see each through the stages.
+
+    Together they hold as many jobs as all denoisers can work on, `jobs_ahead` times over: Serve's autoscaling sees
+    what waits at the denoisers, and never the queue in the database.
+    """
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    lease_s: Seconds = 10.0
+    heartbeat_s: Seconds = 0.5
+    poll_s: Seconds = 1.0
+    max_attempts: int = Field(default=3, ge=1)
+    drain_s: float = Field(default=5.0, ge=0)
+    expires_in_s: Seconds = 86_400.0
+    sweep_every_s: Seconds = 60.0
+
+
+class IngressConfig(_Section):
+    """The HTTP API."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_ongoing: int = Field(default=1_000, ge=1)  # a watched video holds one
+    max_queued: int | None = Field(default=1_000, ge=1)
+    max_queued_per_key: int | None = Field(default=100, ge=1)
+    max_body_bytes: int = Field(default=1 << 20, ge=1)
+    max_pixel_frames: int | None = Field(default=None, ge=1)
+
+
+class KeysConfig(_Section):
+    """API keys, as lines of "name:key": in a file, or right here. Neither: none is needed."""
+
+    file: Path | None = None
+    keys: str | None = Field(default=None, repr=False)
+
+
+class StorageConfig(_Section):
+    """Where jobs and videos are kept. A relative path is taken from where the service is started."""
+
+    database: str = "sqlite:///outputs/t2v.db"
+    artifacts: str = "outputs/store"
+    artifact_options: dict[str, str] = Field(default_factory=dict)
+
+
+class AppConfig(_Section):
+    """The whole service."""
+
+    model: str = "demo"
+    revision: str | None = None
+    storage: StorageConfig = StorageConfig()
+    keys: KeysConfig = KeysConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    ingress: IngressConfig = IngressConfig()
+    health_check_s: Seconds = 2.0
+    longest_generation_s: Seconds = 600.0
+
+    @property
+    def jobs_per_generator(self) -> int:
+        """How many jobs one Generator holds, so that all together can fill every denoiser."""
+        total = self.denoiser.max_replicas * self.denoiser.max_ongoing
+        return math.ceil(total / self.generator.num_replicas)

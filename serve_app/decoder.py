@@ -1,0 +1,47 @@
+"""The decoder as a deployment: latents to frames in one thread, frames to files in others."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor
+
+from serve_app.calls import Rendered, RenderedFile
+from serve_app.config import DecoderConfig
+from serve_app.devices import claim_device
+from t2v_core import stages
+from t2v_core.media import VideoFormat
+from t2v_core.params import GenerationParams
+from t2v_core.pictures import encode_spritesheet, encode_thumbnail
+from t2v_core.pipeline import dtype_of
+from t2v_core.video import Video
+from t2v_core.weights import load_autoencoder, open_checkpoint, public_name
+
+MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif"}
+
+
+class Decoder:
+    """Final latents to the files of a video."""
+
+    def __init__(self, model: str, revision: str | None, config: DecoderConfig) -> None:
+        device = claim_device(config)
+        dtype = dtype_of(config.dtype, device)
+        checkpoint = open_checkpoint(model, revision=revision, half=config.dtype == "fp16")
+        self._model = public_name(model)
+        self._network = load_autoencoder(checkpoint, device, dtype)
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device
+        self._encoding = ThreadPoolExecutor(config.encoding_threads, thread_name_prefix="encode")
+
+    async def decode(self, latents: Tensor, params: GenerationParams) -> Rendered:
+        """The video's files. latents: (c, f, h, w). Raises GenerationFailed where they are not finite."""
+        loop = asyncio.get_running_loop()
+        frames = await loop.run_in_executor(self._decoding, stages.decode_frames, self._network, latents)
+        video, thumbnail, spritesheet = await asyncio.gather(
+            loop.run_in_executor(self._encoding, Video(frames, params, self._model).encode),
+            loop.run_in_executor(self._encoding, encode_thumbnail, frames),
+            loop.run_in_executor(self._encoding, encode_spritesheet, frames),
+        )
+        return Rendered(
+            RenderedFile(f"video.{params.format}", video, MEDIA_TYPES[params.format]),
+            RenderedFile("thumbnail.webp", thumbnail, "image/webp"),
+            RenderedFile("spritesheet.webp", spritesheet, "image/webp"),
+        )

@@ -1,0 +1,212 @@
+"""The denoiser as a deployment: the engine inside, one stream of events a request."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import torch
+
+from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, DenoiserStatus, PreviewPicture, Progress
+from serve_app.config import DenoiserConfig
+from serve_app.devices import claim_device
+from serve_app.errors import Superseded, Unavailable
+from serve_app.owners import gone, this_replica
+from t2v_core import stages
+from t2v_core.denoising import Denoising
+from t2v_core.engine import (
+    Cancelled,
+    Engine,
+    EngineThread,
+    Event,
+    Failed,
+    FewFrames,
+    Finished,
+    Preview,
+    Profile,
+    Request,
+    RowBudgets,
+    Stepped,
+    free_memory_bytes,
+    measure,
+)
+from t2v_core.errors import UnreadableTrajectory
+from t2v_core.guidance import Conditioning
+from t2v_core.pictures import encode_spritesheet
+from t2v_core.pipeline import dtype_of
+from t2v_core.schedule import Schedule
+from t2v_core.shapes import VideoShape
+from t2v_core.trajectory import Trajectory
+from t2v_core.unet3d import UNet3D
+from t2v_core.weights import Checkpoint as Weights
+from t2v_core.weights import load_autoencoder, load_unet, open_checkpoint
+
+_LOOK_AT_OWNERS_EVERY_S = 0.5
+_PROGRESS_EVERY_S = 0.1
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A call that is being worked on."""
+
+    call: DenoiseCall
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    why_stopped: str = "the denoiser shuts down"
+
+    @property
+    def engine_id(self) -> str:
+        return f"{self.call.id}/{self.call.fence}"
+
+
+class Denoiser:
+    """Requests to latents. All that it holds of a request is in the engine, and goes where its caller goes."""
+
+    def __init__(self, model: str, revision: str | None, config: DenoiserConfig) -> None:
+        self._config = config
+        self._device = claim_device(config)
+        self._dtype = dtype_of(config.dtype, self._device)
+        weights = open_checkpoint(model, revision=revision, half=self._dtype == torch.float16)
+        unet = load_unet(weights, self._device, self._dtype)
+        self._schedule = Schedule(weights.config.schedule)
+        previewer = FewFrames(load_autoencoder(weights, self._device, self._dtype))
+        budgets = RowBudgets(
+            self._profile(unet, weights),
+            free_bytes=free_memory_bytes(self._device),
+            unmeasured_rows=2 * config.max_ongoing,
+        )
+        self._engine = Engine(unet, budgets, previewer=previewer)
+        self._thread = EngineThread(self._engine, self._hand_over)
+        self._live: dict[str, _Live] = {}  # by engine id
+        self._watch: asyncio.Task[None] | None = None
+
+    async def denoise(self, call: DenoiseCall, conditioning: Conditioning) -> AsyncIterator[DenoiseEvent]:
+        """Progress, checkpoints and previews as they come, and the latents at the end. Closing it stops the work.
+
+        Raises Superseded where a later attempt of the same request is here or comes, GenerationFailed,
+        UnreadableTrajectory, and Unavailable where this replica cannot work.
+        """
+        self._supersede(call)
+        live = _Live(call, asyncio.get_running_loop())
+        self._live[live.engine_id] = live
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_owners())
+        try:
+            denoising = await asyncio.to_thread(self._prepare, call, conditioning)
+            every = self._config.preview_every_steps if call.previews else 0
+            self._thread.add(Request(live.engine_id, denoising, call.priority, None, call.waited_s, every))
+            async for event in self._follow(live):
+                yield event
+        finally:
+            self._thread.cancel(live.engine_id)
+            del self._live[live.engine_id]
+
+    async def status(self) -> DenoiserStatus:
+        """What was done so far, and for whom."""
+        counters = list(self._engine.counters.values())
+        return DenoiserStatus(
+            replica=this_replica(),
+            steps=sum(c.steps for c in counters),
+            rows=sum(c.rows for c in counters),
+            live=tuple(live.call.id for live in self._live.values()),
+        )
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose GPU is lost."""
+        if self._thread.failure:
+            raise Unavailable(f"the denoiser broke down ({self._thread.failure}): it is replaced")
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._thread.close)
+
+    def _profile(self, unet: UNet3D, weights: Weights) -> Profile | None:
+        """Measured step times: from the file, or on the GPU now, for the checkpoint's own shape."""
+        if self._config.profile is not None and self._config.profile.exists():
+            return Profile.load(self._config.profile)
+        if self._device.type == "cpu":
+            return None
+        defaults = weights.config.defaults
+        shape = VideoShape(defaults.num_frames, defaults.height, defaults.width).latents()
+        profile = measure(unet, [shape])
+        if self._config.profile is not None:
+            profile.save(self._config.profile)
+        return profile
+
+    def _prepare(self, call: DenoiseCall, conditioning: Conditioning) -> Denoising:
+        plan = stages.plan(self._schedule, call.params)
+        if call.trajectory is None:
+            trajectory = stages.start(call.params, plan, self._device, self._dtype)
+        else:
+            trajectory = Trajectory.from_bytes(call.trajectory, self._device)
+            if (trajectory.shape, trajectory.num_steps) != (call.params.shape.latents(), plan.num_steps):
+                raise UnreadableTrajectory(
+                    f"trajectory of latents {tuple(trajectory.shape)} and {trajectory.num_steps} steps: "
+                    "is not this request's; start it anew"
+                )
+        prompt, negative = (
+            None if text is None else text.to(self._device, self._dtype)
+            for text in (conditioning.prompt, conditioning.negative)
+        )
+        assert prompt is not None
+        return Denoising(trajectory, plan, Conditioning(prompt, negative, conditioning.guidance_scale))
+
+    def _supersede(self, call: DenoiseCall) -> None:
+        for other in list(self._live.values()):
+            if other.call.id == call.id:
+                if other.call.fence >= call.fence:
+                    raise Superseded(f"{call.id}: attempt {other.call.fence} is under way; leave it to that one")
+                self._stop(other, f"attempt {call.fence} has taken it over")
+
+    def _stop(self, live: _Live, why: str) -> None:
+        live.why_stopped = why
+        self._thread.cancel(live.engine_id)
+
+    async def _watch_owners(self) -> None:
+        """Ends when there is nothing to do."""
+        while self._live:
+            lost = await gone({owner for live in self._live.values() for owner in live.call.owners})
+            for live in self._live.values():
+                if lost.intersection(live.call.owners):
+                    self._stop(live, "its owner is gone")
+            await asyncio.sleep(_LOOK_AT_OWNERS_EVERY_S)
+
+    def _hand_over(self, event: Event) -> None:
+        """In the engine's thread: to the call that the event is for, if that still listens."""
+        live = self._live.get(event.id)
+        if live is not None:
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens
+                live.loop.call_soon_threadsafe(live.events.put_nowait, event)
+
+    async def _follow(self, live: _Live) -> AsyncIterator[DenoiseEvent]:
+        began, first_step = time.monotonic(), None
+        told = kept = began
+        while True:
+            event = await live.events.get()
+            now = time.monotonic()
+            if isinstance(event, Stepped):
+                left = event.num_steps - event.step_index
+                first_step = event.step_index - 1 if first_step is None else first_step
+                if left and now - told < _PROGRESS_EVERY_S:
+                    continue
+                told = now
+                yield Progress(
+                    event.step_index, event.num_steps, left * (now - began) / (event.step_index - first_step)
+                )
+                if live.call.keeps_checkpoints and left and now - kept > self._config.checkpoint_every_s:
+                    kept = now
+                    trajectory = await asyncio.wrap_future(self._thread.look(live.engine_id))
+                    if trajectory is not None:
+                        yield Checkpoint(trajectory.step_index, await asyncio.to_thread(trajectory.to_bytes))
+            elif isinstance(event, Preview):
+                picture = await asyncio.to_thread(encode_spritesheet, event.frames, columns=len(event.frames))
+                yield PreviewPicture(event.step_index, picture)
+            elif isinstance(event, Finished):
+                yield Denoised(await asyncio.to_thread(event.trajectory.latents.cpu))
+                return
+            elif isinstance(event, Failed):
+                raise event.error
+            elif isinstance(event, Cancelled):
+                raise Superseded(f"{live.call.id}: attempt {live.call.fence} was stopped, since {live.why_stopped}")
+            else:
+                began = now

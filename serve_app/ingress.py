@@ -1,0 +1,127 @@
+"""The way in, as a deployment: the HTTP API, and the methods that other Ray jobs call by handle."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Unpack
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview
+
+from serve_app.api import ApiParts, Finished, Limits, create_app
+from serve_app.artifacts import ArtifactStore
+from serve_app.auth import ApiKeys
+from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
+from serve_app.config import IngressConfig, KeysConfig, StorageConfig
+from serve_app.events import Watcher
+from serve_app.jobs import JobStore
+from serve_app.owners import this_replica
+from t2v_core.params import GenerationParams, Settings, resolve
+from t2v_core.weights import open_checkpoint, public_name
+
+logger = logging.getLogger(__name__)
+
+_STATUS_HOLDS_S = 0.5  # one question to the controller serves all who ask meanwhile
+
+
+class Ingress:
+    """Validates, writes jobs, tells of them, and hands out files."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: IngressConfig,
+        storage: StorageConfig,
+        keys: KeysConfig,
+        model: str,
+        revision: str | None,
+        generator: "DeploymentHandle[Any]",
+    ) -> None:
+        self._generator = generator
+        self._owners = (this_replica(),)
+        self._app_name = serve.get_replica_context().app_name
+        self._defaults = open_checkpoint(model, revision=revision).config.defaults
+        self._jobs = await JobStore.open(storage.database)
+        self._watcher = Watcher(self._jobs)
+        self._status: tuple[float, ApplicationStatusOverview | None] = (0.0, None)
+        self._parts = ApiParts(
+            jobs=self._jobs,
+            artifacts=ArtifactStore(storage.artifacts, storage.artifact_options),
+            keys=ApiKeys.configured(keys.file, keys.keys),
+            watcher=self._watcher,
+            models=(public_name(model),),
+            defaults=self._defaults,
+            limits=Limits(
+                max_queued=config.max_queued,
+                max_queued_per_owner=config.max_queued_per_key,
+                max_body_bytes=config.max_body_bytes,
+                max_pixel_frames=config.max_pixel_frames,
+            ),
+            generate=self._finish,
+            wake=self._wake,
+            is_ready=self._is_ready,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = create_app()
+        app.state.parts = self._parts
+        return app
+
+    async def generate(self, prompt: str, **settings: Unpack[Settings]) -> GeneratedVideo:
+        """A video, for another Ray job: `await serve.get_app_handle("t2v").generate.remote("A panda.", seed=7)`.
+
+        Settings that are not given are the checkpoint's own. Raises InvalidRequest and GenerationFailed. Cancelling
+        the response stops the work.
+        """
+        params = resolve(prompt, settings, self._defaults)
+        video: GeneratedVideo = await self._generator.generate.remote(params, self._owners)
+        return video
+
+    async def generate_stream(
+        self, prompt: str, **settings: Unpack[Settings]
+    ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
+        """The same, with its progress and previews before the video: by a handle with `options(stream=True)`."""
+        params = resolve(prompt, settings, self._defaults)
+        stream = self._generator.options(stream=True).generate_stream.remote(params, self._owners)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            stream.cancel()
+
+    async def __del__(self) -> None:
+        await self._watcher.close()
+        await self._jobs.close()
+
+    async def _finish(self, params: GenerationParams) -> Finished:
+        video: GeneratedVideo = await self._generator.generate.remote(params, self._owners)
+        return Finished(video.video, video.media_type, params.seed)
+
+    async def _wake(self) -> None:
+        """A Generator that is not reached looks by itself a little later."""
+        try:
+            await self._generator.broadcast("wake").results_async(timeout_s=1.0)
+        except Exception as error:
+            logger.warning("no Generator was woken: %r", error)
+
+    async def _is_ready(self) -> dict[str, bool]:
+        asked_s, status = self._status
+        if time.monotonic() - asked_s > _STATUS_HOLDS_S:
+            overview = await asyncio.to_thread(serve.status)
+            status = overview.applications.get(self._app_name)
+            self._status = (time.monotonic(), status)
+        parts = {"jobs": await self._reaches_jobs()}
+        for name, deployment in sorted((status.deployments if status else {}).items()):
+            is_running = deployment.replica_states.get("RUNNING", 0) > 0
+            parts[name] = is_running or deployment.status == "HEALTHY"  # none are needed while it is scaled to zero
+        return parts
+
+    async def _reaches_jobs(self) -> bool:
+        try:
+            await asyncio.wait_for(self._jobs.now(), 2.0)
+        except Exception as error:
+            logger.warning("the job store cannot be reached: %r", error)
+            return False
+        return True

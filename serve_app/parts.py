@@ -1,0 +1,77 @@
+"""What the routes work with. Whoever serves the API fills `app.state.parts`."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from serve_app.artifacts import ArtifactStore
+from serve_app.auth import ApiKeys
+from serve_app.errors import Unavailable
+from serve_app.events import Watcher
+from serve_app.jobs.store import JobStore
+from t2v_core.config import GenerationDefaults
+from t2v_core.params import GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the service takes on. None: no limit."""
+
+    max_queued: int | None = 1_000
+    max_queued_per_owner: int | None = 100
+    max_body_bytes: int = 1 << 20
+    max_pixel_frames: int | None = None  # width x height x num_frames
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A video that was made while its caller waited."""
+
+    video: bytes
+    media_type: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ApiParts:
+    """`models`: ids that are served; the first is the default. `defaults` are its checkpoint's.
+
+    `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
+    a cancel, and never raises. `is_ready` says of each part of the service whether it can work.
+    """
+
+    jobs: JobStore
+    artifacts: ArtifactStore
+    keys: ApiKeys
+    watcher: Watcher
+    models: tuple[str, ...]
+    defaults: GenerationDefaults
+    limits: Limits
+    generate: Callable[[GenerationParams], Awaitable[Finished]]
+    wake: Callable[[], Awaitable[None]]
+    is_ready: Callable[[], Awaitable[dict[str, bool]]]
+
+
+async def _parts_of(request: Request) -> ApiParts:
+    parts = getattr(request.app.state, "parts", None)
+    if not isinstance(parts, ApiParts):
+        raise Unavailable("the service is starting: try again in a second")
+    return parts
+
+
+Parts = Annotated[ApiParts, Depends(_parts_of)]
+
+_Bearer = HTTPBearer(auto_error=False, scheme_name="bearer", description="An API key, where the service has keys.")
+
+
+async def _owner_of(
+    request: Request, parts: Parts, _declared: Annotated[HTTPAuthorizationCredentials | None, Security(_Bearer)]
+) -> str:
+    """Whose key the request carries. Raises Unauthorized."""
+    return parts.keys.owner_of(request.headers.get("authorization"))
+
+
+Owner = Annotated[str, Depends(_owner_of)]

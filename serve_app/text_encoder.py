@@ -1,0 +1,56 @@
+"""The text encoder as a deployment: prompts that arrive together are one batch, and those seen before are kept."""
+
+import asyncio
+from collections import OrderedDict
+
+from ray import serve
+from torch import Tensor, inference_mode
+
+from serve_app.config import TextEncoderConfig
+from serve_app.devices import claim_device
+from t2v_core import stages
+from t2v_core.guidance import Conditioning
+from t2v_core.params import GenerationParams
+from t2v_core.pipeline import dtype_of
+from t2v_core.text_encoder import Tokenizer
+from t2v_core.weights import load_text_encoder, open_checkpoint
+
+
+class TextEncoder:
+    """Prompts to text embeddings."""
+
+    def __init__(self, model: str, revision: str | None, config: TextEncoderConfig) -> None:
+        device = claim_device(config)
+        dtype = dtype_of(config.dtype, device)
+        checkpoint = open_checkpoint(model, revision=revision, half=config.dtype == "fp16")
+        self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
+        self._network = load_text_encoder(checkpoint, device, dtype)
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache_entries = config.cache_entries
+        self._embed_batch.set_max_batch_size(config.max_batch)
+        self._embed_batch.set_batch_wait_timeout_s(config.batch_wait_s)
+
+    async def encode(self, params: GenerationParams) -> Conditioning:
+        """What steers the request. Raises InvalidRequest for a prompt that is too long."""
+        token_ids = stages.tokenize(self._tokenizer, params)
+        return stages.conditioning_of(await asyncio.gather(*map(self._embed, token_ids)), params)
+
+    async def _embed(self, token_ids: Tensor) -> Tensor:
+        """(chunks, 77) -> (chunks * 77, d), from the cache if it is there."""
+        key = token_ids.numpy().tobytes()
+        if key not in self._cache:
+            self._cache[key] = await self._embed_batch(token_ids)
+        self._cache.move_to_end(key)
+        embeds = self._cache[key]
+        while len(self._cache) > self._cache_entries:
+            self._cache.popitem(last=False)
+        return embeds
+
+    @serve.batch
+    async def _embed_batch(self, token_ids: list[Tensor]) -> list[Tensor]:
+        return await asyncio.to_thread(self._run, token_ids)
+
+    @inference_mode()
+    def _run(self, token_ids: list[Tensor]) -> list[Tensor]:
+        # Copies: a part of the batch's embeddings would keep all of them in the cache.
+        return [embeds.cpu().clone() for embeds in self._network.encode(token_ids)]
