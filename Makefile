@@ -1,10 +1,11 @@
-# `make run` makes a first video, `make test` runs the tests. Both set up what they need in .venv first.
+# `make run` starts the service and makes a first video, `make test` runs the tests. Both set up what they need in .venv first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 OUT ?= outputs
+PORT ?= 8000
 PROMPT ?= A red circle moving right on a white background.
 
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
@@ -12,9 +13,9 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: run test test-fast lint clean
 
+# Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
-	@mkdir -p $(OUT)
-	$(BIN)/t2v generate "$(PROMPT)" --output $(OUT)/first.mp4
+	$(BIN)/t2v serve --port $(PORT) --first-prompt "$(PROMPT)" --first-output $(OUT)/first.mp4 $(if $(ONCE),--once)
 
 # The full-size tests need the memory to themselves, so they come after the others.
 test: $(VENV)/.installed-test

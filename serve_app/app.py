@@ -58,7 +58,7 @@ def _fixed(config: GeneratorConfig | IngressConfig, max_ongoing: int) -> dict[st
 
 
 def _scaled(scaling: Scaling, reserve: int = 0) -> dict[str, Any]:
-    """A stage's replicas take as many requests as they are scaled by: else the first would take all, and others idle."""
+    """A stage's replicas take as many requests as they are scaled by: else the first takes all, and others idle."""
     actor = {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus, "resources": scaling.resources}
     options = {"max_ongoing_requests": scaling.max_ongoing + reserve, "ray_actor_options": actor}
     if scaling.min_replicas == scaling.max_replicas:

@@ -1,133 +1,161 @@
-"""The files of jobs, in a folder or in S3, by fsspec: whole or not there."""
+"""Where the files of jobs are kept: a folder, or an object store such as S3. The layout is "{job}/{fence}/{name}"."""
 
-import asyncio
-import contextlib
 import hashlib
-import os
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-from uuid import uuid4
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, TypeVarTuple
+from urllib.parse import unquote
 
+import anyio
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from anyio import to_thread
 
-from serve_app.errors import ArtifactGone, Unavailable
+from serve_app.bucket import Bucket
+from serve_app.errors import ArtifactGone
+from serve_app.folder import Folder
 from serve_app.jobs.model import Artifact
 from t2v_core.errors import InvalidRequest
 
-_CHUNK_BYTES = 1 << 18
+# No name begins with a dot: that rules out ".." and the temporary names of a folder.
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
+_FENCE = r"[0-9]{1,18}"
+_FOLDER = re.compile(rf"{_NAME}/{_FENCE}")
+_FILE = re.compile(rf"{_NAME}/{_FENCE}/{_NAME}")
+_JOB_OR_FOLDER = re.compile(rf"{_NAME}(/{_FENCE})?")
+
+_NUM_THREADS = 16  # apart from those of the web framework, which must not wait for a slow store
+_S3_TIMEOUTS = {"connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}}  # s3fs tries 5 times itself
+
 _Result = TypeVar("_Result")
+_Arguments = TypeVarTuple("_Arguments")
 
 
 class ArtifactStore:
-    """Files by paths like "{job}/{fence}/video.mp4". Nothing that is half-written can be read.
+    """Files by path. What is read is always a whole file as it was put, whoever writes meanwhile.
 
-    url: a folder, or what fsspec knows, such as "s3://bucket/prefix"; `options` go to its file system.
+    url: a folder, "file:///folder", or "s3://bucket/prefix" and what else fsspec knows of object stores.
+    options: of fsspec's filesystem, such as `endpoint_url`; what is not there, s3fs takes from AWS's own variables.
+
+    Raises InvalidRequest for paths of another layout, ArtifactGone, and Unavailable where the store does not work.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        # Other processes write too: what a folder held a second ago says nothing.
-        protocol, _, _ = url.partition("://") if "://" in url else ("file", "", "")
-        extra = {} if protocol == "file" else {"use_listings_cache": False}
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(url, **{**extra, **(options or {})})
-        except (ValueError, ImportError) as error:
-            raise InvalidRequest(
-                f"artifacts {url}: {error}; use a folder or s3://bucket/prefix", param="artifacts"
-            ) from error
-        self._is_local = isinstance(self._files, LocalFileSystem)
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:  # fsspec's are of any type
+        self._files = _open(url, dict(options or {}))
+        self._threads = anyio.CapacityLimiter(_NUM_THREADS)
 
     async def put(self, path: str, data: bytes, media_type: str) -> Artifact:
-        """Write a file, whole or not at all. Raises Unavailable."""
-        full = self._full(path)
-        await self._in_thread(path, lambda: self._write(full, data))
-        return Artifact(path, media_type, len(data), hashlib.sha256(data).hexdigest())
+        """Write a file, in place of the one that is there. It is there for all, and to stay, or this raises."""
+        _check(path, _FILE)
+        etag = await self._in_thread(_write, self._files, path, data)
+        return Artifact(path, media_type, len(data), etag)
 
     async def read(self, path: str) -> bytes:
-        """The whole file. Raises ArtifactGone, Unavailable."""
-        full = self._full(path)
-        data: bytes = await self._in_thread(path, lambda: self._files.cat_file(full))
-        return data
+        """The whole file."""
+        _check(path, _FILE)
+        try:
+            return await self._in_thread(self._files.read, path)
+        except FileNotFoundError as error:
+            raise _gone(path) from error
 
     async def read_range(self, path: str, start: int, end: int) -> bytes:
-        """The bytes from `start` up to, not including, `end`."""
-        full = self._full(path)
-        data: bytes = await self._in_thread(path, lambda: self._files.cat_file(full, start=start, end=end))
-        return data
+        """Bytes from `start` up to and without `end`; fewer where the file ends before."""
+        return b"".join([chunk async for chunk in self.stream(path, start, end)])
 
-    async def stream(self, path: str, start: int, end: int, chunk: int = _CHUNK_BYTES) -> AsyncIterator[bytes]:
-        """The same, in chunks."""
-        for begin in range(start, end, chunk):
-            yield await self.read_range(path, begin, min(begin + chunk, end))
+    async def stream(self, path: str, start: int, end: int, chunk: int = 1 << 18) -> AsyncIterator[bytes]:
+        """The same in chunks, none empty. A folder gives all of a file that is removed meanwhile."""
+        _check(path, _FILE)
+        if not 0 <= start <= end or chunk < 1:
+            raise InvalidRequest(f"bytes {start} to {end}: must be 0 <= start <= end, in chunks of at least 1")
+        if start == end:
+            return
+        chunks = self._files.chunks(path, start, end, chunk)
+        try:
+            while data := await self._in_thread(next, chunks, b""):
+                yield data
+        except FileNotFoundError as error:
+            raise _gone(path) from error
+        finally:
+            with suppress(ValueError):  # after a cancel a thread may still read: then the file closes behind it
+                chunks.close()
 
     async def delete(self, path: str) -> None:
         """Remove a file. One that is not there is no error."""
-        full = self._full(path)
-        with contextlib.suppress(ArtifactGone):
-            await self._in_thread(path, lambda: self._files.rm_file(full))
+        _check(path, _FILE)
+        with suppress(FileNotFoundError):
+            await self._in_thread(self._files.delete, path)
 
     async def delete_prefix(self, prefix: str) -> None:
-        """Remove a folder, as "{job}/" or "{job}/{fence}/", with all that is in it."""
-        full = self._full(prefix.rstrip("/"))
-        with contextlib.suppress(ArtifactGone):
-            await self._in_thread(prefix, lambda: self._files.rm(full, recursive=True))
+        """Remove the folder "{job}" or "{job}/{fence}" with all that is in it. One that is not there is no error."""
+        folder = prefix.removesuffix("/")
+        _check(folder, _JOB_OR_FOLDER)
+        with suppress(FileNotFoundError):
+            await self._in_thread(self._files.delete_folder, folder)
 
     async def prefixes(self, older_than_s: float) -> list[str]:
-        """The folders "{job}/{fence}" of which every file is older, by the store's own times."""
-        newest = await self._in_thread("", self._newest)
+        """The folders "{job}/{fence}" whose newest file is older than this, sorted."""
         limit = time.time() - older_than_s
-        return sorted(prefix for prefix, changed in newest.items() if changed < limit)
-
-    def _newest(self) -> dict[str, float]:
-        newest: dict[str, float] = {}
-        for full, info in self._files.find(self._root, detail=True).items():
-            job, _, rest = full.removeprefix(self._root).strip("/").partition("/")
-            fence, separator, _ = rest.partition("/")
-            if separator:
-                changed = info["mtime"] if "mtime" in info else info["LastModified"].timestamp()
-                newest[f"{job}/{fence}"] = max(newest.get(f"{job}/{fence}", 0.0), changed)
-        return newest
-
-    def _write(self, full: str, data: bytes) -> None:
-        if not self._is_local:
-            self._files.pipe_file(full, data)  # a PUT is atomic
-            return
-        path = Path(full)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
         try:
-            with unfinished.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+            newest = await self._in_thread(self._files.newest)
+        except FileNotFoundError:  # nothing was ever put
+            return []
+        return sorted(folder for folder, at in newest.items() if at < limit and _FOLDER.fullmatch(folder))
 
-    def _full(self, path: str) -> str:
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
-            raise InvalidRequest(
-                f"path {path!r:.100}: must lie inside the store; name a file under its job", param="path"
-            )
-        return f"{self._root.rstrip('/')}/{'/'.join(parts)}"
-
-    async def _in_thread(self, path: str, action: Callable[[], _Result]) -> _Result:
-        def run() -> _Result:
-            with _explained(path):
-                return action()
-
-        return await asyncio.to_thread(run)
+    async def _in_thread(self, function: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+        return await to_thread.run_sync(function, *arguments, limiter=self._threads, abandon_on_cancel=True)
 
 
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
+class _Files(Protocol):
+    """What a kind of store can do. The calls block; paths have been checked."""
+
+    def write(self, path: str, data: bytes) -> None: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def chunks(self, path: str, start: int, end: int, chunk: int) -> Generator[bytes, None, None]: ...
+
+    def delete(self, path: str) -> None: ...
+
+    def delete_folder(self, folder: str) -> None: ...
+
+    def newest(self) -> dict[str, float]: ...
+
+
+def _open(url: str, options: dict[str, Any]) -> _Files:
+    protocol, separator, rest = url.partition("://")
+    if not separator or protocol == "file":
+        folder = unquote(rest) if separator else url
+        if not folder or options:
+            raise InvalidRequest(f"storage.artifacts {url!r}: must name a folder, which takes no options")
+        return Folder(Path(folder).absolute())
+    usual: dict[str, Any] = {"use_listings_cache": False}  # which would hide what other processes write
+    if protocol == "s3":
+        usual["config_kwargs"] = _S3_TIMEOUTS
     try:
-        yield
-    except FileNotFoundError as error:
-        raise ArtifactGone(f"{path}: is not there; it has expired or was removed") from error
-    except Exception as error:  # each file system has errors of its own
-        raise Unavailable(f"{path}: the artifact store cannot be used ({error}): try again later") from error
+        filesystem, root = fsspec.url_to_fs(url, **{**usual, **options})
+    except (ImportError, ValueError, TypeError) as error:
+        raise InvalidRequest(
+            f"storage.artifacts {protocol}://: cannot be used ({error}); s3:// needs `pip install 't2v-serve[s3]'`"
+        ) from error
+    if not root.strip("/"):
+        raise InvalidRequest(f"storage.artifacts {url!r}: must name a bucket, as in {protocol}://bucket/videos")
+    return Bucket(filesystem, root.rstrip("/"))
+
+
+def _check(path: str, layout: re.Pattern[str]) -> None:
+    if layout.fullmatch(path) is None:
+        raise InvalidRequest(
+            f"path {path!r:.200}: must be job/fence/name, or a folder of these where one is removed; "
+            "a name is of letters, digits, '-', '_' and '.', and begins with no dot"
+        )
+
+
+def _write(files: _Files, path: str, data: bytes) -> str:
+    files.write(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _gone(path: str) -> ArtifactGone:
+    return ArtifactGone(f"file {path}: is not there, as it has expired or was removed; make the video again")

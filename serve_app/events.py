@@ -63,11 +63,12 @@ def news(seen: Seen | None, now: Seen) -> list[Event]:
     """The events between what a watcher knows, None for nothing, and what is. States in between may be left out."""
     if now.status in ENDED:
         return [] if seen is not None and seen.status == now.status else [Event(cast(EventName, now.status), now)]
+    known = seen or Seen("queued", resumes=now.resumes)  # how often it went on before is no news to a newcomer
     if now.status == "queued":
         is_new = seen is None or seen.status != "queued" or now.position not in (None, seen.position)
-        return [Event("queued", now)] if is_new else []
+        # That it will go on is told when it does.
+        return [Event("queued", now._replace(resumes=known.resumes))] if is_new else []
     events = []
-    known = seen or Seen("queued", resumes=now.resumes)  # how often it went on before is no news to a newcomer
     if now.resumes > known.resumes:
         known = known._replace(resumes=now.resumes, position=None)
         events.append(Event("resumed", known))

@@ -3,20 +3,29 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-import ray
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.artifacts import ArtifactStore
-from serve_app.calls import Checkpoint, DenoiseCall, Denoised, GeneratedVideo, PreviewPicture, Progress, Rendered
+from serve_app.calls import (
+    Checkpoint,
+    DenoiseCall,
+    Denoised,
+    DenoiseEvent,
+    GeneratedVideo,
+    PreviewPicture,
+    Progress,
+    Rendered,
+)
 from serve_app.config import GeneratorConfig, StorageConfig
-from serve_app.errors import ArtifactGone, Superseded
+from serve_app.errors import ArtifactGone
 from serve_app.jobs import Artifact, Job, JobStore
 from serve_app.jobs import Progress as JobProgress
 from serve_app.owners import this_replica
+from serve_app.remote import plain_errors
 from serve_app.sweeper import sweep
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableTrajectory
 from t2v_core.params import GenerationParams
@@ -25,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 WhyStopped = Literal["cancelled", "lost", "drained"]
 
+_PAUSE_S = 0.5  # a part that is not there fails at once, and would use up all attempts
 # What is no fault of the replica that met it: another would fail in the same way.
 _PERMANENT = (InvalidRequest, GenerationFailed)
 
@@ -126,18 +136,21 @@ class Generator:
     async def _make(self, call: DenoiseCall) -> AsyncIterator[Progress | Checkpoint | PreviewPicture | Rendered]:
         """One request through the three stages. Closing it cancels what runs."""
         conditioning = self._text_encoder.encode.remote(call.params)
-        stream = self._denoiser.denoise.remote(call, conditioning)
+        stream = cast("DeploymentResponseGenerator[DenoiseEvent]", self._denoiser.denoise.remote(call, conditioning))
         latents = None
         try:
-            async for event in stream:
-                if isinstance(event, Denoised):
-                    latents = event.latents
-                else:
-                    yield event
+            with plain_errors("denoiser"):
+                async for event in stream:
+                    if isinstance(event, Denoised):
+                        latents = event.latents
+                    else:
+                        yield event
         finally:
-            stream.cancel()
+            stream.cancel()  # type: ignore[no-untyped-call]
         assert latents is not None
-        yield await self._decoder.decode.remote(latents, call.params)
+        with plain_errors("decoder"):
+            rendered: Rendered = await self._decoder.decode.remote(latents, call.params)
+        yield rendered
 
     async def _claim(self) -> None:
         self._woken.clear()
@@ -173,6 +186,7 @@ class Generator:
 
     async def _run(self, live: _Live) -> None:
         job, folder = live.job, f"{live.job.id}/{live.job.fence}"
+        trajectory = f"{folder}/trajectory.safetensors"
         params = GenerationParams(prompt=job.prompt, **cast(dict[str, Any], job.params))
         call = DenoiseCall(
             id=job.id,
@@ -188,20 +202,13 @@ class Generator:
         rendered = None
         async for event in self._make(call):
             if isinstance(event, Progress):
-                live.progress = JobProgress(
-                    job.id, job.fence, event.step, event.num_steps, event.eta_s,
-                    live.progress.preview_path, live.progress.preview_step,
-                )  # fmt: skip
+                live.progress = replace(live.progress, step=event.step, num_steps=event.num_steps, eta_s=event.eta_s)
             elif isinstance(event, PreviewPicture):
                 preview = await self._artifacts.put(f"{folder}/preview.webp", event.picture, "image/webp")
-                live.progress = JobProgress(
-                    job.id, job.fence, live.progress.step, live.progress.num_steps, live.progress.eta_s,
-                    preview.path, event.step,
-                )  # fmt: skip
+                live.progress = replace(live.progress, preview_path=preview.path, preview_step=event.step)
             elif isinstance(event, Checkpoint):
-                path = f"{folder}/trajectory-{event.step}.safetensors"
-                await self._artifacts.put(path, event.trajectory, "application/octet-stream")
-                await self._jobs.save_checkpoint(job.id, job.fence, path, event.step)
+                await self._artifacts.put(trajectory, event.trajectory, "application/octet-stream")
+                await self._jobs.save_checkpoint(job.id, job.fence, trajectory, event.step)
             else:
                 rendered = event
         assert rendered is not None
@@ -209,8 +216,10 @@ class Generator:
         for variant, file in rendered.by_variant().items():
             artifacts[variant] = await self._artifacts.put(f"{folder}/{file.name}", file.data, file.media_type)
         is_ours = await self._jobs.complete(job.id, job.fence, artifacts, expires_in_s=self._config.expires_in_s)
-        if not is_ours:  # somebody else has it now, or it was cancelled: these files are nobody's
-            await self._artifacts.delete_prefix(folder)
+        if is_ours:
+            await self._artifacts.delete(trajectory)
+        else:  # somebody else has it now, or it was cancelled: these files are nobody's
+            await self._artifacts.delete_prefix(f"{folder}/")
         logger.info("job made: job=%s fence=%d kept=%s", job.id, job.fence, is_ours)
 
     async def _trajectory(self, job: Job) -> bytes | None:
@@ -231,12 +240,11 @@ class Generator:
             await self._jobs.retry(job.id, job.fence, str(error))
         elif isinstance(error, _PERMANENT):
             logger.info("job failed: job=%s error=%s", job.id, error)
-            await self._jobs.fail(job.id, job.fence, _code(error), _text(error))
+            await self._jobs.fail(job.id, job.fence, _code(error), str(error))
         else:
             logger.warning("attempt failed: job=%s fence=%d error=%r", job.id, job.fence, error)
-            if not isinstance(error, ray.exceptions.RayActorError | Superseded):
-                await asyncio.sleep(0.5)  # a part that is not there fails at once, and would use up all attempts
-            await self._jobs.retry(job.id, job.fence, _text(error))
+            await asyncio.sleep(_PAUSE_S)
+            await self._jobs.retry(job.id, job.fence, str(error))
 
     async def _beat(self) -> None:
         if not self._live:
@@ -254,14 +262,16 @@ class Generator:
     async def _sweep(self) -> None:
         await sweep(self._jobs, self._artifacts, min_age_s=2 * self._config.lease_s + 60)
 
-    async def _repeat(self, action: "Any", every_s: float, woken: asyncio.Event | None = None) -> None:
+    async def _repeat(
+        self, action: Callable[[], Awaitable[None]], every_s: float, woken: asyncio.Event | None = None
+    ) -> None:
         """For as long as this replica lives: a database that is away for a while must not end it."""
         while True:
             began = time.monotonic()
             try:
                 await action()
             except Exception:
-                logger.exception("%s failed and is tried again", action.__name__)
+                logger.exception("%s failed and is tried again", getattr(action, "__name__", action))
             pause_s = max(0.0, every_s - (time.monotonic() - began))
             await _wait(woken, pause_s)
 
@@ -280,9 +290,3 @@ def _code(error: Exception) -> str:
     if isinstance(error, OutOfMemory):
         return "out_of_memory"
     return "invalid_request" if isinstance(error, InvalidRequest) else "generation_failed"
-
-
-def _text(error: Exception) -> str:
-    """What a caller is told: our own errors say it themselves; of others, the last line of Ray's long text."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:500] if lines else type(error).__name__

@@ -4,11 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatusOverview
 
 from serve_app.api import ApiParts, Finished, Limits, create_app
@@ -19,6 +19,7 @@ from serve_app.config import IngressConfig, KeysConfig, StorageConfig
 from serve_app.events import Watcher
 from serve_app.jobs import JobStore
 from serve_app.owners import this_replica
+from serve_app.remote import plain_errors
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.weights import open_checkpoint, public_name
 
@@ -76,28 +77,36 @@ class Ingress:
         the response stops the work.
         """
         params = resolve(prompt, settings, self._defaults)
-        video: GeneratedVideo = await self._generator.generate.remote(params, self._owners)
-        return video
+        return await self._made(params)
 
     async def generate_stream(
         self, prompt: str, **settings: Unpack[Settings]
     ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
         """The same, with its progress and previews before the video: by a handle with `options(stream=True)`."""
         params = resolve(prompt, settings, self._defaults)
-        stream = self._generator.options(stream=True).generate_stream.remote(params, self._owners)
+        stream = cast(
+            "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
+            self._generator.options(stream=True).generate_stream.remote(params, self._owners),
+        )
         try:
-            async for event in stream:
-                yield event
+            with plain_errors("generator"):
+                async for event in stream:
+                    yield event
         finally:
-            stream.cancel()
+            stream.cancel()  # type: ignore[no-untyped-call]
 
     async def __del__(self) -> None:
         await self._watcher.close()
         await self._jobs.close()
 
     async def _finish(self, params: GenerationParams) -> Finished:
-        video: GeneratedVideo = await self._generator.generate.remote(params, self._owners)
+        video = await self._made(params)
         return Finished(video.video, video.media_type, params.seed)
+
+    async def _made(self, params: GenerationParams) -> GeneratedVideo:
+        with plain_errors("generator"):
+            video: GeneratedVideo = await self._generator.generate.remote(params, self._owners)
+        return video
 
     async def _wake(self) -> None:
         """A Generator that is not reached looks by itself a little later."""
@@ -114,7 +123,7 @@ class Ingress:
             self._status = (time.monotonic(), status)
         parts = {"jobs": await self._reaches_jobs()}
         for name, deployment in sorted((status.deployments if status else {}).items()):
-            is_running = deployment.replica_states.get("RUNNING", 0) > 0
+            is_running = any(state == "RUNNING" and count for state, count in deployment.replica_states.items())
             parts[name] = is_running or deployment.status == "HEALTHY"  # none are needed while it is scaled to zero
         return parts
 

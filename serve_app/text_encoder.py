@@ -27,8 +27,10 @@ class TextEncoder:
         self._network = load_text_encoder(checkpoint, device, dtype)
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
         self._cache_entries = config.cache_entries
-        self._embed_batch.set_max_batch_size(config.max_batch)
-        self._embed_batch.set_batch_wait_timeout_s(config.batch_wait_s)
+        # Here and not as a decorator, since what it is given comes from the config.
+        self._embed_batch = serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_s)(
+            self._embed_together
+        )
 
     async def encode(self, params: GenerationParams) -> Conditioning:
         """What steers the request. Raises InvalidRequest for a prompt that is too long."""
@@ -46,8 +48,7 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return embeds
 
-    @serve.batch
-    async def _embed_batch(self, token_ids: list[Tensor]) -> list[Tensor]:
+    async def _embed_together(self, token_ids: list[Tensor]) -> list[Tensor]:
         return await asyncio.to_thread(self._run, token_ids)
 
     @inference_mode()

@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Make a video of what PROMPT says."""
     console = _console()
-    with _errors_explained(console):
+    with errors_explained(console):
         destination = _destination(output, format)
         width, height = _sides(size)
         settings: Settings = {
@@ -112,7 +112,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in the diffusers layout, as safetensors."""
     console = _console()
-    with _errors_explained(console):
+    with errors_explained(console):
         checkpoint = open_checkpoint(source, revision=revision, half=dtype == "fp16")
         with console.status(f"Converting {source}"):
             convert_checkpoint(checkpoint, destination, DTYPES[dtype])
@@ -128,7 +128,7 @@ def random_checkpoint(
 ) -> None:
     """Write a checkpoint of random weights, to try or to measure without a download. Its videos show nothing."""
     console = _console()
-    with _errors_explained(console):
+    with errors_explained(console):
         config = TINY if size == "tiny" else ModelConfig()
         with console.status("Drawing weights"):
             write_random_checkpoint(destination, config, seed=seed, dtype=DTYPES[dtype])
@@ -191,7 +191,7 @@ def _sides(size: str | None) -> tuple[int | None, int | None]:
 
 
 @contextmanager
-def _errors_explained(console: Console) -> Iterator[None]:
+def errors_explained(console: Console) -> Iterator[None]:
     """A user's mistake is one line and exit code 2, any other known failure 1, Ctrl-C 130. None has a traceback."""
     try:
         yield

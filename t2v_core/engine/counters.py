@@ -17,5 +17,5 @@ class Counters:
     set_aside: int = 0  # pauses of a request for one that was due before it
     finished: int = 0
     failed: int = 0
-    cancelled: int = 0
-    out_of_memory: int = 0
+    cancelled: int = 0  # or taken out, to go on elsewhere
+    out_of_memory: int = 0  # steps and previews that did not fit

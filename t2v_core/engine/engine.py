@@ -4,17 +4,21 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from t2v_core.denoising import Denoising, denoise_step
 from t2v_core.engine.batching import Demand, Entry, Group, Priority, choose, due
 from t2v_core.engine.budgets import RowBudgets
 from t2v_core.engine.counters import Counters
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
+from t2v_core.engine.fit import check_fit
 from t2v_core.engine.preview import Previewer
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError
 from t2v_core.guidance import BatchConditioning, condition
+from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import LatentShape
 from t2v_core.trajectory import Trajectory
 from t2v_core.unet3d import UNet3D
@@ -46,6 +50,14 @@ class _Slot:
     is_admitted: bool = False
 
 
+class _Outcome(NamedTuple):
+    """A request after its step."""
+
+    denoising: Denoising
+    is_finite: bool
+    preview: Tensor | None = None
+
+
 class Engine:
     """Takes requests between any two steps and runs one step at a time. For one thread.
 
@@ -65,7 +77,7 @@ class Engine:
         self._unet, self._budgets, self._previewer = unet, budgets, previewer
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
-        self._batch: tuple[str, ...] = ()  # of the last step
+        self._batch: tuple[Entry, ...] = ()  # of the last step; an id may come again, as another request
         self._conditioning: BatchConditioning | None = None  # of that batch
 
     def __len__(self) -> int:
@@ -80,13 +92,14 @@ class Engine:
     def add(self, request: Request, arrival_s: float | None = None) -> None:
         """Take a request in; it may join the next step. It came now or, by the engine's clock, at `arrival_s`.
 
-        Raises InvalidRequest for an id that is already here.
+        Raises InvalidRequest for an id that is already here, and for what this model cannot run.
         """
         if request.id in self._slots:
             raise InvalidRequest(f"request {request.id}: is already being denoised; use another id", param="id")
         trajectory, conditioning = request.denoising.trajectory, request.denoising.conditioning
         if trajectory.is_finished:
             raise InvalidRequest(f"request {request.id}: has no steps left; decode its latents", param="id")
+        check_fit(request.id, request.denoising, self._unet)
         group = Group(trajectory.shape, len(conditioning.prompt))
         rows = conditioning.num_rows
         arrival_s = (self.clock() if arrival_s is None else arrival_s) - request.waited_s
@@ -107,10 +120,11 @@ class Engine:
 
     def take(self, request_id: str) -> Trajectory | None:
         """Where a request stands, to go on with it elsewhere: it leaves the engine. None if it is not here."""
-        if request_id not in self._slots:
-            return None
-        self._count(request_id).cancelled += 1
-        return _apart(self._remove(request_id).denoising.trajectory)
+        trajectory = self.look(request_id)
+        if trajectory is not None:
+            self._count(request_id).cancelled += 1
+            self._remove(request_id)
+        return trajectory
 
     def look(self, request_id: str) -> Trajectory | None:
         """Where a request stands, to save it; it stays. None if it is not here."""
@@ -125,11 +139,11 @@ class Engine:
         started = self.clock()
         events = self._admit(entries, started)
         try:
-            stepped, are_finite = self._denoise(entries)
+            outcomes = self._denoise(entries)
         except OutOfMemory as error:
             message = str(error)  # the error itself holds on to the memory of the step that failed
         else:
-            events += self._keep(entries, stepped, are_finite)
+            events += self._keep(entries, outcomes)
             self._count_step(entries, self.clock() - started)
             return events
         return events + self._make_room(entries, message)
@@ -149,24 +163,38 @@ class Engine:
                 events.append(Admitted(entry.id, now - slot.arrival_s))
         return events
 
-    def _denoise(self, entries: Sequence[Entry]) -> tuple[list[Denoising], list[bool]]:
-        """The batch after its step, and whether each request's latents are still finite."""
-        ids = tuple(entry.id for entry in entries)
-        batch = [self._slots[request_id].request.denoising for request_id in ids]
-        if ids != self._batch or self._conditioning is None:
+    @out_of_memory_explained()
+    def _denoise(self, entries: Sequence[Entry]) -> list[_Outcome]:
+        """What the step makes of each request: all that can fail comes here, before anything is kept."""
+        slots = [self._slots[entry.id] for entry in entries]
+        batch = [slot.request.denoising for slot in slots]
+        if tuple(entries) != self._batch or self._conditioning is None:
             self._conditioning = None  # it makes room first
             self._conditioning = condition(self._unet, [request.conditioning for request in batch])
         stepped = denoise_step(self._unet, batch, self._conditioning)
-        for request_id in set(self._batch) - set(ids):
-            if request_id in self._slots:
-                self._count(request_id).set_aside += 1
-        self._batch = ids
         latents = torch.stack([request.trajectory.latents for request in stepped])
-        return stepped, latents.isfinite().flatten(1).all(dim=1).tolist()
+        are_finite = latents.isfinite().flatten(1).all(dim=1).tolist()
+        return [
+            self._outcome(slot.request, denoising, is_finite)
+            for slot, denoising, is_finite in zip(slots, stepped, are_finite, strict=True)
+        ]
 
-    def _keep(self, entries: Sequence[Entry], stepped: Sequence[Denoising], are_finite: Sequence[bool]) -> list[Event]:
+    def _outcome(self, request: Request, denoising: Denoising, is_finite: bool) -> _Outcome:
+        trajectory = denoising.trajectory
+        if is_finite and trajectory.is_finished:
+            denoising = replace(denoising, trajectory=_apart(trajectory))
+        elif is_finite and self._wants_preview(request, trajectory):
+            return _Outcome(denoising, is_finite, self._preview(trajectory))
+        return _Outcome(denoising, is_finite)
+
+    def _keep(self, entries: Sequence[Entry], outcomes: Sequence[_Outcome]) -> list[Event]:
+        for entry in set(self._batch) - set(entries):
+            slot = self._slots.get(entry.id)
+            if slot is not None and slot.entry == entry:
+                self._count(entry.id).set_aside += 1
+        self._batch = tuple(entries)
         events: list[Event] = []
-        for entry, denoising, is_finite in zip(entries, stepped, are_finite, strict=True):
+        for entry, (denoising, is_finite, preview) in zip(entries, outcomes, strict=True):
             slot, trajectory = self._slots[entry.id], denoising.trajectory
             if not is_finite:
                 reason = (
@@ -180,11 +208,9 @@ class Engine:
             if trajectory.is_finished:
                 self._count(entry.id).finished += 1
                 self._remove(entry.id)
-                events.append(Finished(entry.id, _apart(trajectory)))
-            elif self._wants_preview(slot.request, trajectory):
-                assert self._previewer is not None
-                frames = self._previewer(trajectory.x0).cpu()
-                events.append(Preview(entry.id, trajectory.step_index, frames))
+                events.append(Finished(entry.id, trajectory))
+            elif preview is not None:
+                events.append(Preview(entry.id, trajectory.step_index, preview))
         return events
 
     def _make_room(self, entries: Sequence[Entry], message: str) -> list[Event]:
@@ -203,13 +229,25 @@ class Engine:
         every = request.preview_every
         return self._previewer is not None and every > 0 and trajectory.step_index % every == 0
 
+    def _preview(self, trajectory: Trajectory) -> Tensor | None:
+        """None where memory does not hold it beside the batch: the video can do without."""
+        assert self._previewer is not None
+        try:
+            with out_of_memory_explained():
+                return self._previewer(trajectory.x0).cpu()
+        except OutOfMemory:
+            self.counters[trajectory.shape].out_of_memory += 1
+            return None
+
     def _fail(self, request_id: str, error: T2VError) -> list[Event]:
         self._count(request_id).failed += 1
         self._remove(request_id)
         return [Failed(request_id, error)]
 
-    def _remove(self, request_id: str) -> Request:
-        return self._slots.pop(request_id).request
+    def _remove(self, request_id: str) -> None:
+        del self._slots[request_id]
+        if not self._slots:
+            self._conditioning = None  # nobody's memory while the engine is idle
 
     def _count(self, request_id: str) -> Counters:
         return self.counters[self._slots[request_id].entry.group.shape]

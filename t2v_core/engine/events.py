@@ -1,4 +1,7 @@
-"""What the engine tells about a request. Each is handed out once, in this order: admitted, steps, one ending."""
+"""What the engine tells about a request. Each is handed out once, in this order: admitted, steps, one ending.
+
+A request that is taken out, to go on elsewhere, has no ending here.
+"""
 
 from dataclasses import dataclass
 

@@ -149,20 +149,22 @@ def _measure(unet: UNet3D, shape: LatentShape, rows: int, num_tokens: int) -> Me
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_allocated(parameter.device)
                 torch.cuda.reset_peak_memory_stats(parameter.device)
-            seconds = [_seconds(lambda: unet(latents, timesteps, text), is_cuda) for _ in range(1 + _REPEATS)][1:]
+            seconds = [_seconds(lambda: unet(latents, timesteps, text), parameter.device) for _ in range(1 + _REPEATS)][
+                1:
+            ]
             peak = torch.cuda.max_memory_allocated(parameter.device) - before if is_cuda else 0
     except OutOfMemory:
         return None
     return Measurement(shape=shape, rows=rows, step_s=statistics.median(seconds), memory_bytes=peak)
 
 
-def _seconds(call: Callable[[], object], is_cuda: bool) -> float:
-    if is_cuda:
-        torch.cuda.synchronize()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     call()
-    if is_cuda:
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 

@@ -8,7 +8,7 @@ from queue import Empty, SimpleQueue
 
 from t2v_core.engine.engine import Engine, Request
 from t2v_core.engine.events import ENDINGS, Event, Failed
-from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.errors import GenerationFailed, InvalidRequest, T2VError
 from t2v_core.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,10 @@ class EngineThread:
         self._commands.put(lambda: self._engine.cancel(request_id))
 
     def take(self, request_id: str) -> "Future[Trajectory | None]":
-        """Where a request stands before the next step, to go on with it elsewhere. None if it has ended."""
+        """Where a request stands before the next step, to go on with it elsewhere. None if it has ended.
+
+        There is no event of it. To cancel the answer before it comes is to leave the request where it is.
+        """
         return self._ask(lambda: self._take(request_id))
 
     def look(self, request_id: str) -> "Future[Trajectory | None]":
@@ -55,16 +58,17 @@ class EngineThread:
     def close(self) -> None:
         """Stop after the step at hand, with a Cancelled for each request that is left."""
         with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._commands.put(None)
+            if not self._is_closed:
+                self._is_closed = True
+                self._commands.put(None)
         self._thread.join()
 
     def _ask(self, question: Callable[[], Trajectory | None]) -> "Future[Trajectory | None]":
         answer: Future[Trajectory | None] = Future()
 
         def command() -> list[Event]:
+            if not answer.set_running_or_notify_cancel():
+                return []  # nobody waits for it any more
             try:
                 answer.set_result(question())
             except Exception as error:
@@ -81,14 +85,20 @@ class EngineThread:
     def _add(self, request: Request, arrival_s: float) -> list[Event]:
         try:
             self._engine.add(request, arrival_s)
-        except InvalidRequest as error:
+        except T2VError as error:
             return [Failed(request.id, error)]
+        except Exception as error:
+            # The caller has gone on, and without this thread all other requests would wait for ever.
+            logger.exception("a request could not be taken in: id=%s", request.id)
+            reason = f"request {request.id}: could not be taken in ({type(error).__name__}: {error}); prepare it anew"
+            return [Failed(request.id, GenerationFailed(reason))]
         return []
 
     def _take(self, request_id: str) -> Trajectory | None:
+        trajectory = self._engine.take(request_id)
         with self._lock:
             self._live.discard(request_id)
-        return self._engine.take(request_id)
+        return trajectory
 
     def _run(self) -> None:
         while True:

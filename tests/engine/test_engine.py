@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -297,6 +298,166 @@ def test_what_cannot_be_added_is_refused(engine, prepared, tiny_pipeline_float64
     done = dataclasses.replace(done, step_index=done.num_steps)
     with pytest.raises(InvalidRequest, match="no steps left"):
         engine.add(Request("b", dataclasses.replace(prepared(), trajectory=done)))
+
+
+def with_trajectory(start, **changes):
+    return dataclasses.replace(start, trajectory=dataclasses.replace(start.trajectory, **changes))
+
+
+def with_conditioning(start, **changes):
+    return dataclasses.replace(start, conditioning=start.conditioning._replace(**changes))
+
+
+MISFITS = {
+    "type of its latents": lambda a: with_trajectory(a, latents=a.trajectory.latents.float()),
+    "device of its latents": lambda a: with_trajectory(a, latents=a.trajectory.latents.to("meta")),
+    "shape of its latents": lambda a: with_trajectory(a, latents=a.trajectory.latents[:3]),
+    "number of dimensions of its latents": lambda a: with_trajectory(a, latents=a.trajectory.latents[:, 0]),
+    "type of its history": lambda a: with_trajectory(a, history=a.trajectory.history.float()),
+    "shape of its history": lambda a: with_trajectory(a, history=a.trajectory.history[:1]),
+    "number of steps of its plan": lambda a: with_trajectory(a, num_steps=6),
+    "type of its prompt": lambda a: with_conditioning(a, prompt=a.conditioning.prompt.half()),
+    "shape of its prompt": lambda a: with_conditioning(a, prompt=a.conditioning.prompt[:, :5]),
+    "shape of its negative prompt": lambda a: with_conditioning(a, negative=a.conditioning.negative[:70]),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_what_would_fail_or_change_its_neighbours_is_refused_by_name(engine, prepared, what):
+    with pytest.raises(InvalidRequest, match=f"request misfit: the {what} must be .* not .*; prepare it"):
+        engine.add(Request("misfit", MISFITS[what](prepared())))
+    assert len(engine) == 0
+
+
+@pytest.mark.parametrize("ended", ["finished", "cancelled", "taken"])
+def test_an_id_that_comes_again_with_another_prompt_gets_its_own_video(engine, prepared, alone, ended):
+    engine.add(Request("a", prepared(prompt="a red circle", num_inference_steps=4)))
+    engine.step()
+    if ended == "finished":
+        run_to_end(engine)
+    elif ended == "cancelled":
+        engine.cancel("a")
+    else:
+        engine.take("a")
+    engine.add(Request("a", prepared(prompt="rain in the night", num_inference_steps=4)))
+    expected = alone(prompt="rain in the night", num_inference_steps=4)
+    assert not torch.allclose(expected, alone(prompt="a red circle", num_inference_steps=4))
+    assert_same(run_to_end(engine)[1]["a"], expected)
+
+
+def test_an_id_that_comes_again_was_not_set_aside(tiny_pipeline_float64, prepared):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2))
+    engine.add(Request("a", prepared()))
+    engine.step()
+    engine.cancel("a")
+    engine.add(Request("b", prepared(), waited_s=60.0))
+    engine.add(Request("a", prepared()))
+    engine.step()
+    (counters,) = engine.counters.values()
+    assert counters.set_aside == 0
+
+
+def test_what_leaves_the_engine_holds_no_memory_of_its_neighbours(engine, prepared):
+    for seed in (1, 2, 3):
+        engine.add(Request(str(seed), prepared(seed=seed, num_inference_steps=4)))
+    engine.step()
+    left = [engine.look("1"), engine.take("2")]
+    left += [event.trajectory for _ in range(3) for event in engine.step() if isinstance(event, Finished)]
+    assert len(left) == 4
+    for trajectory in left:
+        for tensor in (trajectory.latents, trajectory.history):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_an_idle_engine_holds_no_memory_of_the_last_batch(engine, prepared, tiny_pipeline_float64):
+    texts = []
+
+    def remember(_, arguments):
+        texts.extend(weakref.ref(keys) for keys, _ in arguments[2].values())
+
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(remember)
+    engine.add(Request("a", prepared(num_inference_steps=4)))
+    engine.step()
+    handle.remove()
+    assert texts and all(text() is not None for text in texts)
+    engine.cancel("a")
+    assert all(text() is None for text in texts)
+
+
+def test_a_request_on_its_way_is_due_by_the_steps_it_has_left(tiny_pipeline_float64, prepared):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2), clock=lambda: 0.0)
+    engine.add(Request("new", prepared(seed=1, num_inference_steps=4)))
+    nearly_done = with_trajectory(prepared(seed=2, num_inference_steps=8), step_index=6)
+    engine.add(Request("nearly done", nearly_done))
+    events, _ = run_to_end(engine)
+    assert [event.id for event in events if isinstance(event, Finished)] == ["nearly done", "new"]
+
+
+def test_riders_of_an_urgent_request_are_limited(tiny_pipeline_float64, prepared, rows_of_each_call):
+    class FourWhereUrgent(RowBudgets):
+        def rows(self, group, demand):
+            return 4 if demand.urgent_rows else 8
+
+    engine = Engine(tiny_pipeline_float64.unet, FourWhereUrgent())
+    for seed in (1, 2, 3):
+        engine.add(Request(str(seed), prepared(seed=seed)))
+    engine.step()
+    engine.add(Request("urgent", prepared(seed=4), priority="urgent"))
+    engine.step()
+    assert rows_of_each_call == [6, 4]
+
+
+def test_the_counters_tell_how_each_request_ended(tiny_pipeline_float64, prepared):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+    handle = fail_above(tiny_pipeline_float64.unet, 1, torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    for name in ("too large", "taken", "failed", "also failed"):
+        engine.add(Request(name, prepared()))
+    engine.step()
+    engine.step()
+    engine.step()
+    handle.remove()
+    engine.take("taken")
+    ended = engine.fail_all(GenerationFailed("the GPU is gone"))
+    assert [event.id for event in ended] == ["failed", "also failed"]
+    (counters,) = engine.counters.values()
+    assert (counters.added, counters.failed, counters.cancelled) == (4, 3, 1)
+    assert (counters.out_of_memory, counters.steps) == (3, 0)
+
+
+def test_a_preview_that_finds_no_memory_is_left_out_and_nothing_else(tiny_pipeline_float64, prepared, alone):
+    def run_out(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), previewer=run_out)
+    engine.add(Request("a", prepared(seed=1), preview_every=2))
+    engine.add(Request("b", prepared(seed=2)))
+    events, latents = run_to_end(engine)
+    assert {type(event) for event in events} == {Admitted, Stepped, Finished}
+    assert_same(latents["a"], alone(seed=1))
+    assert_same(latents["b"], alone(seed=2))
+    (counters,) = engine.counters.values()
+    assert (counters.steps, counters.out_of_memory) == (5, 2)
+
+
+def test_a_step_that_breaks_down_has_changed_nothing_even_for_those_it_would_end(tiny_pipeline_float64, prepared):
+    def break_down(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), previewer=break_down)
+    engine.add(Request("at its end", with_trajectory(prepared(seed=1), step_index=4)))
+    engine.add(Request("on its way", prepared(seed=2), preview_every=1))
+    with pytest.raises(RuntimeError, match="illegal"):
+        engine.step()
+    assert engine.ids == ["at its end", "on its way"]
+    assert engine.look("at its end").step_index == 4
+    (counters,) = engine.counters.values()
+    assert counters.finished == 0
+
+
+def test_an_engine_without_a_previewer_makes_no_previews(engine, prepared):
+    engine.add(Request("a", prepared(), preview_every=1))
+    events, _ = run_to_end(engine)
+    assert {type(event) for event in events} == {Admitted, Stepped, Finished}
 
 
 def test_previews_come_only_when_they_are_asked_for(tiny_pipeline_float64, prepared):

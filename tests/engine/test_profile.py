@@ -73,6 +73,17 @@ def test_a_budget_that_was_halved_grows_back_after_many_steps():
     assert sorted(set(seen)) == [4, 8, 16]
 
 
+def test_memory_that_runs_out_again_starts_the_wait_anew():
+    group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
+    budgets.halve(SHAPE, 16)
+    for _ in range(150):
+        budgets.succeeded(SHAPE)
+    budgets.halve(SHAPE, 8)
+    for _ in range(150):
+        budgets.succeeded(SHAPE)
+    assert budgets.rows(group, Demand(2)) == 4
+
+
 def test_a_profile_is_saved_and_read_again(tmp_path):
     PROFILE.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == PROFILE

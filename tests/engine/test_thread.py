@@ -1,5 +1,6 @@
 """The engine in its own thread: what callers in other threads see."""
 
+import dataclasses
 import gc
 import logging
 import random
@@ -9,7 +10,7 @@ import time
 import pytest
 import torch
 
-from t2v_core.engine import Cancelled, Engine, EngineThread, Failed, Finished, Request, RowBudgets
+from t2v_core.engine import Admitted, Cancelled, Engine, EngineThread, Failed, Finished, Request, RowBudgets
 from t2v_core.engine.events import ENDINGS
 from t2v_core.errors import GenerationFailed, InvalidRequest
 from t2v_core.trajectory import Trajectory
@@ -141,6 +142,119 @@ def test_a_receiver_that_fails_does_not_stop_the_engine(tiny_pipeline_float64, p
         assert time.monotonic() < deadline
         time.sleep(0.01)
     thread.close()
+
+
+@pytest.fixture
+def held_step(tiny_pipeline_float64):
+    """Holds the first step up: `begun` says that the engine is in it, `go` lets it and all later ones through."""
+    begun, go = threading.Event(), threading.Event()
+
+    def hold(*_):
+        begun.set()
+        assert go.wait(120)
+
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(hold)
+    yield begun, go
+    go.set()
+    handle.remove()
+
+
+@pytest.mark.parametrize("question", ["look", "take"])
+def test_an_answer_nobody_waits_for_stops_neither_the_engine_nor_the_request(held_step, running, prepared, question):
+    (begun, go), (thread, events) = held_step, running
+    thread.add(Request("a", prepared(num_inference_steps=3)))
+    assert begun.wait(120)
+    answer = getattr(thread, question)("a")
+    assert answer.cancel()
+    go.set()
+    assert isinstance(events.ending_of("a"), Finished)
+
+
+def test_a_question_that_fails_tells_who_asked_and_takes_nothing(held_step, running, prepared, monkeypatch):
+    (begun, go), (thread, events) = held_step, running
+    thread.add(Request("a", prepared(num_inference_steps=3)))
+    assert begun.wait(120)
+
+    def run_out(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("t2v_core.engine.engine._apart", run_out)
+        answers = [thread.look("a"), thread.take("a")]
+        go.set()
+        for answer in answers:
+            with pytest.raises(torch.OutOfMemoryError):
+                answer.result(60)
+    assert isinstance(events.ending_of("a"), Finished | Failed)
+
+
+def test_what_cannot_be_taken_in_fails_alone(running, prepared):
+    thread, events = running
+    thread.add(Request("whole", prepared(num_inference_steps=30)))
+    start = prepared()
+    done = dataclasses.replace(start, trajectory=dataclasses.replace(start.trajectory, step_index=5))
+    thread.add(Request("done", done))
+    thread.add(Request("of no class", start, priority="soon"))
+    assert isinstance(events.ending_of("done").error, InvalidRequest)
+    assert "'soon'" in str(events.ending_of("of no class").error)
+    assert isinstance(events.ending_of("whole"), Finished)
+    thread.add(Request("done", start))
+    assert thread.take("done").result(60) is not None
+
+
+def test_an_id_is_free_once_its_request_is_taken_out(running, prepared):
+    thread, _ = running
+    thread.add(Request("a", prepared(num_inference_steps=999)))
+    assert thread.take("a").result(60) is not None
+    thread.add(Request("a", prepared(num_inference_steps=999)))
+
+
+def test_the_time_a_request_waits_for_the_step_at_hand_counts(held_step, tiny_pipeline_float64, prepared):
+    (begun, go), events, now = held_step, Events(), [0.0]
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), clock=lambda: now[0])
+    thread = EngineThread(engine, events)
+    thread.add(Request("first", prepared(seed=1)))
+    assert begun.wait(120)
+    thread.add(Request("second", prepared(seed=2)))
+    now[0] = 100.0
+    go.set()
+    events.ending_of("second")
+    thread.close()
+    assert Admitted("second", 100.0) in events.all
+
+
+def test_closing_returns_when_all_has_ended_whoever_closes(held_step, tiny_pipeline_float64, prepared):
+    (begun, go), events = held_step, Events()
+    thread = EngineThread(Engine(tiny_pipeline_float64.unet, RowBudgets()), events)
+    thread.add(Request("a", prepared(num_inference_steps=999)))
+    assert begun.wait(120)
+    closers = [threading.Thread(target=thread.close) for _ in range(2)]
+    for closer in closers:
+        closer.start()
+    closers[1].join(0.2)
+    assert all(closer.is_alive() for closer in closers)
+    go.set()
+    for closer in closers:
+        closer.join(120)
+    assert events.all[-1] == Cancelled("a")
+
+
+def test_after_a_breakdown_in_a_preview_every_request_has_one_ending(tiny_pipeline_float64, prepared, caplog):
+    def break_down(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    events = Events()
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), previewer=break_down)
+    thread = EngineThread(engine, events)
+    start = prepared(seed=1)
+    last_step = dataclasses.replace(start, trajectory=dataclasses.replace(start.trajectory, step_index=4))
+    with caplog.at_level(logging.CRITICAL):
+        thread.add(Request("at its end", last_step))
+        thread.add(Request("on its way", prepared(seed=2), preview_every=1))
+        assert isinstance(events.ending_of("at its end"), Failed | Finished)
+        assert isinstance(events.ending_of("on its way"), Failed)
+    thread.close()
+    assert not thread._live
 
 
 def test_nothing_is_left_of_ten_thousand_requests_that_came_and_went(tiny_pipeline_float64, prepared):

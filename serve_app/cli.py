@@ -1,0 +1,171 @@
+"""The command line of the whole: what `t2v_core.cli` has, and `t2v serve`. Ray is imported only where it is needed."""
+
+import logging
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from t2v_core.cli import app, errors_explained
+from t2v_core.errors import GenerationFailed, InvalidRequest, OutputError
+
+if TYPE_CHECKING:
+    from serve_app.config import AppConfig
+
+__all__ = ["app"]
+
+_OBJECT_STORE_BYTES = 256 << 20  # latents and videos on their way are a few MB
+_APP_NAME = "t2v"
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets others in: give it keys then.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the HTTP API and the page.")] = 8000,
+    model: Annotated[str | None, typer.Option(help="demo, a folder, or a Hugging Face id.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file for `serve deploy`, or the args of one.")] = None,
+    first_prompt: Annotated[
+        str | None, typer.Option(help="Make a video of this through the API, once it is up.")
+    ] = None,
+    first_output: Annotated[Path, typer.Option(help="Where that video goes.")] = Path("outputs/first.mp4"),
+    once: Annotated[bool, typer.Option("--once", help="Stop after the first video.")] = False,
+) -> None:
+    """Serve the model on this machine, in the foreground: HTTP API and web page. Ctrl-C stops it; jobs are kept."""
+    console = Console(stderr=True)
+    with errors_explained(console):
+        app_config = _app_config(config, model)
+        if not _is_loopback(host) and app_config.keys.file is None and app_config.keys.keys is None:
+            raise InvalidRequest(
+                f"host {host} without keys: anybody who reaches it could use it; set keys.file in --config",
+                param="host",
+            )
+        _check_port(host, port)
+        _serve(console, app_config, host, port, first_prompt, first_output, once)
+
+
+def _serve(
+    console: Console,
+    config: "AppConfig",
+    host: str,
+    port: int,
+    first_prompt: str | None,
+    first_output: Path,
+    once: bool,
+) -> None:
+    # Threads of torch that wait must sleep: on few cores they would take them from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import ray
+    from ray import serve
+
+    from serve_app.app import build
+
+    started = time.monotonic()
+    with console.status(f"Starting {config.model}"):
+        ray.init(
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        serve.run(build(config), name=_APP_NAME, blocking=False)
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    try:
+        console.print(f"{url}: the page, and the API under /v1 ({time.monotonic() - started:.0f} s)", highlight=False)
+        if first_prompt is not None:
+            _make_first(console, url, first_prompt, first_output, os.environ.get("T2V_KEY"))
+        if not once:
+            console.print("Ctrl-C stops it.")
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    except KeyboardInterrupt:
+        pass
+    finally:
+        with console.status("Stopping"):
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+
+
+def _make_first(console: Console, url: str, prompt: str, output: Path, key: str | None) -> None:
+    """A video through the HTTP API, as any client makes one."""
+    import httpx2
+    from rich.progress import Progress
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx2.Client(base_url=url, headers=headers, timeout=60) as client, Progress(console=console) as bar:
+        task = bar.add_task("Denoising", total=100)
+        video = _answer(client.post("/v1/videos", json={"prompt": prompt}))
+        while video["status"] in ("queued", "in_progress"):
+            time.sleep(0.25)
+            video = _answer(client.get(f"/v1/videos/{video['id']}"))
+            bar.update(task, completed=video["progress"])
+        if video["status"] != "completed":
+            raise GenerationFailed(
+                f"video {video['id']}: {video['status']} ({video['error']}); see the logs in /tmp/ray"
+            )
+        content = client.get(f"/v1/videos/{video['id']}/content")
+        content.raise_for_status()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(content.content)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another path") from error
+    console.print(f"{output}: {video['size']}, {video['num_frames']} frames, seed {video['seed']}", highlight=False)
+
+
+def _answer(response: Any) -> dict[str, Any]:  # Any: JSON
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def _app_config(path: Path | None, model: str | None) -> "AppConfig":
+    """The configuration of a file, with the model of the command line. Raises InvalidRequest."""
+    import yaml
+    from pydantic import ValidationError
+
+    from serve_app.config import AppConfig
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidRequest(
+                f"config {path}: cannot be read ({error}); name a YAML file", param="config"
+            ) from error
+        applications = loaded.get("applications") if isinstance(loaded, dict) else None
+        values = applications[0].get("args", {}) if applications else loaded
+    if model is not None:
+        values = {**values, "model": model}
+    try:
+        return AppConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "config"
+        raise InvalidRequest(
+            f"config {path}: {name}: {first['msg']}; see cluster/serve/local.yaml", param=name
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise InvalidRequest(
+                f"port {port} on {host}: cannot be used ({error}); choose another --port", param="port"
+            ) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,28 @@
+"""Errors of calls to other deployments, as what they are here: our own, or a part that cannot be reached."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from serve_app.errors import Unavailable
+from t2v_core.errors import T2VError
+
+
+@contextmanager
+def plain_errors(part: str) -> Iterator[None]:
+    """Raise our own errors as they were raised there, and Unavailable for a replica that died or is not there."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, T2VError):
+            raise error.cause from None
+        raise Unavailable(f"the {part} failed ({_last_line(error)}): try again") from error
+    except (RayError, RayServeException) as error:
+        raise Unavailable(f"the {part} was lost ({type(error).__name__}): try again") from error
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
