@@ -6,24 +6,30 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 OUT ?= outputs
 PORT ?= 8000
+KILLS ?= 200
+SEED ?= 0
 PROMPT ?= A red circle moving right on a white background.
 
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: run test test-fast lint clean
+.PHONY: run test test-fast chaos lint clean
 
 # Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
 	$(BIN)/t2v serve --port $(PORT) --first-prompt "$(PROMPT)" --first-output $(OUT)/first.mp4 $(if $(ONCE),--once)
 
-# The full-size tests need the memory to themselves, so they come after the others.
-test: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto -m "not full_size"
+# The tests of the running service need the cores to themselves, and the full-size ones the memory.
+test: test-fast
+	$(BIN)/pytest -m service
 	$(BIN)/pytest -m full_size
 
 test-fast: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto -m "not full_size"
+	$(BIN)/pytest -n auto -m "not full_size and not service"
+
+# Kills parts of a running service at random, for about 15 minutes. KILLS=50 SEED=3 choose others.
+chaos: $(VENV)/.installed-test
+	$(BIN)/python tests/serve/chaos.py --kills $(KILLS) --seed $(SEED)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -77,8 +77,9 @@ class Engine:
         self._unet, self._budgets, self._previewer = unet, budgets, previewer
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
-        self._batch: tuple[Entry, ...] = ()  # of the last step; an id may come again, as another request
-        self._conditioning: BatchConditioning | None = None  # of that batch
+        # Batches are told apart by their entries: an id may come again, as another request.
+        self._batch: tuple[Entry, ...] = ()  # of the last step that was kept
+        self._conditioning: tuple[tuple[Entry, ...], BatchConditioning] | None = None  # of the last that was tried
 
     def __len__(self) -> int:
         """How many requests are waiting, running or set aside."""
@@ -166,18 +167,23 @@ class Engine:
     @out_of_memory_explained()
     def _denoise(self, entries: Sequence[Entry]) -> list[_Outcome]:
         """What the step makes of each request: all that can fail comes here, before anything is kept."""
-        slots = [self._slots[entry.id] for entry in entries]
-        batch = [slot.request.denoising for slot in slots]
-        if tuple(entries) != self._batch or self._conditioning is None:
-            self._conditioning = None  # it makes room first
-            self._conditioning = condition(self._unet, [request.conditioning for request in batch])
-        stepped = denoise_step(self._unet, batch, self._conditioning)
+        requests = [self._slots[entry.id].request for entry in entries]
+        stepped = denoise_step(self._unet, [request.denoising for request in requests], self._condition(entries))
         latents = torch.stack([request.trajectory.latents for request in stepped])
         are_finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         return [
-            self._outcome(slot.request, denoising, is_finite)
-            for slot, denoising, is_finite in zip(slots, stepped, are_finite, strict=True)
+            self._outcome(request, denoising, is_finite)
+            for request, denoising, is_finite in zip(requests, stepped, are_finite, strict=True)
         ]
+
+    def _condition(self, entries: Sequence[Entry]) -> BatchConditioning:
+        """Made once, for as long as the batch stays the same."""
+        batch = tuple(entries)
+        if self._conditioning is None or self._conditioning[0] != batch:
+            self._conditioning = None  # it makes room first
+            conditionings = [self._slots[entry.id].request.denoising.conditioning for entry in batch]
+            self._conditioning = batch, condition(self._unet, conditionings)
+        return self._conditioning[1]
 
     def _outcome(self, request: Request, denoising: Denoising, is_finite: bool) -> _Outcome:
         trajectory = denoising.trajectory

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import serve_app
 import t2v_core
 
 ROOT = Path(t2v_core.__file__).parent
+SERVICE = Path(serve_app.__file__).parent
 
 # Each part of t2v_core, and the parts that it may import.
 ALLOWED = {
@@ -83,6 +85,46 @@ ALLOWED = {
     "cli": {"config", "errors", "media", "params", "pipeline", "video", "weights"},
     "__init__": {"errors", "params", "pipeline", "trajectory", "video"},
 }
+# The same of serve_app. All of it may use t2v_core.
+SERVICE_ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "config": set(),
+    "calls": set(),
+    "owners": set(),
+    "jobs": {"errors"},
+    "folder": {"errors"},
+    "bucket": {"errors"},
+    "artifacts": {"bucket", "errors", "folder", "jobs"},
+    "auth": {"errors"},
+    "remote": {"errors"},
+    "devices": {"config"},
+    "sweeper": {"artifacts", "jobs"},
+    "schemas": {"errors", "jobs"},
+    "bodies": {"errors"},
+    "requests": {"bodies", "jobs", "schemas"},
+    "failures": {"errors", "requests", "schemas"},
+    "document": {"schemas"},
+    "content": {"artifacts", "errors", "failures", "jobs", "schemas"},
+    "events": {"artifacts", "errors", "jobs", "schemas"},
+    "parts": {"artifacts", "auth", "errors", "events", "jobs"},
+    "videos": {"bodies", "content", "errors", "events", "jobs", "parts", "requests", "schemas"},
+    "api": {"document", "failures", "parts", "schemas", "videos"},
+    "text_encoder": {"calls", "config", "devices"},
+    "decoder": {"calls", "config", "devices"},
+    "denoiser": {"calls", "config", "devices", "errors", "owners"},
+    "generator": {"artifacts", "calls", "config", "errors", "jobs", "owners", "remote", "sweeper"},
+    "ingress": {"api", "artifacts", "auth", "calls", "config", "events", "jobs", "owners", "remote"},
+    "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
+    "cli": {"app", "config"},
+}
+# Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
+LIBRARIES = {
+    "ray": {"text_encoder", "generator", "ingress", "app", "cli", "owners", "remote"},
+    "fastapi": {"api", "content", "document", "failures", "ingress", "parts", "videos"},
+    "sqlalchemy": {"jobs"},
+    "fsspec": {"bucket", "artifacts"},
+}
 FORBIDDEN = {"ray", "fastapi", "starlette", "sqlalchemy", "serve_app", "load_tests", "diffusers", "transformers"}
 
 
@@ -96,8 +138,8 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def part_of(path: Path, root: Path = ROOT) -> str:
+    return path.relative_to(root).parts[0].removesuffix(".py")
 
 
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -114,11 +156,23 @@ def test_a_module_imports_only_what_lies_below_it(path):
             assert rest[0] in ALLOWED[part], f"{part} must not import {rest[0]}"
 
 
-def test_the_drawing_has_no_circles():
+@pytest.mark.parametrize("path", sorted(SERVICE.rglob("*.py")), ids=lambda path: str(path.relative_to(SERVICE)))
+def test_a_module_of_the_service_imports_only_what_lies_below_it(path):
+    part = part_of(path, SERVICE)
+    assert part in SERVICE_ALLOWED, f"say in this test what {part} may import"
+    for name in imports_of(path):
+        first, *rest = name.split(".")
+        assert part in LIBRARIES.get(first, {part}), f"{part} must not import {first}"
+        if first == "serve_app" and rest and rest[0] in SERVICE_ALLOWED and rest[0] != part:
+            assert rest[0] in SERVICE_ALLOWED[part], f"{part} must not import {rest[0]}"
+
+
+@pytest.mark.parametrize("allowed", [ALLOWED, SERVICE_ALLOWED], ids=["t2v_core", "serve_app"])
+def test_the_drawing_has_no_circles(allowed):
     def reaches(part: str, seen: frozenset[str] = frozenset()) -> None:
         assert part not in seen, f"{part} imports itself through {sorted(seen)}"
-        for below in ALLOWED[part]:
+        for below in allowed[part]:
             reaches(below, seen | {part})
 
-    for part in ALLOWED:
+    for part in allowed:
         reaches(part)

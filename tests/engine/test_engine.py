@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from t2v_core.config import SAMPLER_NAMES
 from t2v_core.engine import Admitted, Cancelled, Engine, Failed, Finished, Preview, Request, RowBudgets, Stepped
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory
+from t2v_core.guidance import condition
 from t2v_core.trajectory import Trajectory
 
 MIXED = [
@@ -239,7 +240,9 @@ def test_a_request_that_does_not_fit_alone_fails_and_the_others_go_on(tiny_pipel
     assert failed.id == "two rows"
     assert isinstance(failed.error, OutOfMemory)
     assert "smaller size" in str(failed.error)
-    assert failed.error.__traceback__ is None  # it would keep the memory of the step
+    # Any of these would keep the memory of the step.
+    assert (failed.error.__traceback__, failed.error.__context__) == (None, None)
+    assert failed.error.args == (str(failed.error),)
     assert_same(latents["one row"], alone(seed=2, guidance_scale=1.0))
 
 
@@ -331,10 +334,12 @@ def test_what_would_fail_or_change_its_neighbours_is_refused_by_name(engine, pre
 
 @pytest.mark.parametrize("ended", ["finished", "cancelled", "taken"])
 def test_an_id_that_comes_again_with_another_prompt_gets_its_own_video(engine, prepared, alone, ended):
+    engine.add(Request("neighbour", prepared(num_inference_steps=8)))
     engine.add(Request("a", prepared(prompt="a red circle", num_inference_steps=4)))
     engine.step()
     if ended == "finished":
-        run_to_end(engine)
+        for _ in range(3):
+            engine.step()
     elif ended == "cancelled":
         engine.cancel("a")
     else:
@@ -369,19 +374,40 @@ def test_what_leaves_the_engine_holds_no_memory_of_its_neighbours(engine, prepar
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_an_idle_engine_holds_no_memory_of_the_last_batch(engine, prepared, tiny_pipeline_float64):
+@pytest.fixture
+def texts_read(tiny_pipeline_float64):
+    """Weak references to what each call of the network was given of the texts."""
     texts = []
 
     def remember(_, arguments):
-        texts.extend(weakref.ref(keys) for keys, _ in arguments[2].values())
+        texts.append([weakref.ref(keys) for keys, _ in arguments[2].values()])
 
     handle = tiny_pipeline_float64.unet.register_forward_pre_hook(remember)
+    yield texts
+    handle.remove()
+
+
+def test_an_idle_engine_holds_no_memory_of_the_last_batch(engine, prepared, texts_read):
     engine.add(Request("a", prepared(num_inference_steps=4)))
     engine.step()
-    handle.remove()
-    assert texts and all(text() is not None for text in texts)
+    assert all(text() is not None for text in texts_read[0])
     engine.cancel("a")
-    assert all(text() is None for text in texts)
+    assert all(text() is None for text in texts_read[0])
+
+
+def test_a_new_batch_is_read_when_the_memory_of_the_last_is_free(engine, prepared, texts_read, monkeypatch):
+    engine.add(Request("a", prepared(seed=1)))
+    engine.step()
+    engine.add(Request("b", prepared(seed=2)))
+    alive = []
+
+    def look_first(unet, conditionings):
+        alive.append(any(text() is not None for text in texts_read[0]))
+        return condition(unet, conditionings)
+
+    monkeypatch.setattr("t2v_core.engine.engine.condition", look_first)
+    engine.step()
+    assert alive == [False]
 
 
 def test_a_request_on_its_way_is_due_by_the_steps_it_has_left(tiny_pipeline_float64, prepared):
@@ -405,6 +431,14 @@ def test_riders_of_an_urgent_request_are_limited(tiny_pipeline_float64, prepared
     engine.add(Request("urgent", prepared(seed=4), priority="urgent"))
     engine.step()
     assert rows_of_each_call == [6, 4]
+
+
+def test_no_step_is_fuller_than_full(tiny_pipeline_float64, prepared):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=1))
+    engine.add(Request("over the budget, and alone", prepared()))
+    run_to_end(engine)
+    (counters,) = engine.counters.values()
+    assert counters.rows == counters.budget_rows == 5 * 2
 
 
 def test_the_counters_tell_how_each_request_ended(tiny_pipeline_float64, prepared):
@@ -452,6 +486,38 @@ def test_a_step_that_breaks_down_has_changed_nothing_even_for_those_it_would_end
     assert engine.look("at its end").step_index == 4
     (counters,) = engine.counters.values()
     assert counters.finished == 0
+
+
+def test_after_a_step_that_broke_down_the_others_keep_their_own_texts(tiny_pipeline_float64, prepared, alone):
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2))
+    engine.add(Request("a", prepared(prompt="a red circle"), priority="low"))
+    engine.step()
+    engine.add(Request("urgent", prepared(prompt="rain in the night"), priority="urgent"))
+    handle = fail_above(tiny_pipeline_float64.unet, 0, RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(RuntimeError, match="launch failure"):
+        engine.step()
+    handle.remove()
+    engine.cancel("urgent")
+    assert_same(run_to_end(engine)[1]["a"], alone(prompt="a red circle"))
+
+
+def test_memory_that_runs_out_after_the_network_loses_nothing_either(engine, prepared, alone, monkeypatch):
+    tries = []
+
+    def run_out_once(trajectory):
+        tries.append(trajectory)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return trajectory
+
+    monkeypatch.setattr("t2v_core.engine.engine._apart", run_out_once)
+    for seed in (1, 2):
+        engine.add(Request(str(seed), prepared(seed=seed, sampler="euler_a")))
+    events, latents = run_to_end(engine)
+    assert len(tries) == 3
+    assert not any(isinstance(event, Failed) for event in events)
+    for seed in (1, 2):
+        assert_same(latents[str(seed)], alone(seed=seed, sampler="euler_a"))
 
 
 def test_an_engine_without_a_previewer_makes_no_previews(engine, prepared):
