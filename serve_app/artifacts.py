@@ -3,8 +3,8 @@
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 from urllib.parse import unquote
@@ -27,7 +27,8 @@ _FILE = re.compile(rf"{_NAME}/{_FENCE}/{_NAME}")
 _JOB_OR_FOLDER = re.compile(rf"{_NAME}(/{_FENCE})?")
 
 _NUM_THREADS = 16  # apart from those of the web framework, which must not wait for a slow store
-_S3_TIMEOUTS = {"connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}}  # s3fs tries 5 times itself
+# As it comes, s3fs asks a store that does not answer for half an hour. These are 3 tries of 15 s, 3 s to connect.
+_S3_PATIENCE = {"connect_timeout": 3, "read_timeout": 15, "retries": {"mode": "standard", "max_attempts": 2}}
 
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
@@ -62,9 +63,10 @@ class ArtifactStore:
 
     async def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes from `start` up to and without `end`; fewer where the file ends before."""
-        return b"".join([chunk async for chunk in self.stream(path, start, end)])
+        async with aclosing(self.stream(path, start, end)) as chunks:
+            return b"".join([chunk async for chunk in chunks])
 
-    async def stream(self, path: str, start: int, end: int, chunk: int = 1 << 18) -> AsyncIterator[bytes]:
+    async def stream(self, path: str, start: int, end: int, chunk: int = 1 << 18) -> AsyncGenerator[bytes, None]:
         """The same in chunks, none empty. A folder gives all of a file that is removed meanwhile."""
         _check(path, _FILE)
         if not 0 <= start <= end or chunk < 1:
@@ -132,14 +134,15 @@ def _open(url: str, options: dict[str, Any]) -> _Files:
         return Folder(Path(folder).absolute())
     usual: dict[str, Any] = {"use_listings_cache": False}  # which would hide what other processes write
     if protocol == "s3":
-        usual["config_kwargs"] = _S3_TIMEOUTS
+        usual["config_kwargs"] = _S3_PATIENCE
     try:
         filesystem, root = fsspec.url_to_fs(url, **{**usual, **options})
     except (ImportError, ValueError, TypeError) as error:
         raise InvalidRequest(
             f"storage.artifacts {protocol}://: cannot be used ({error}); s3:// needs `pip install 't2v-serve[s3]'`"
         ) from error
-    if not root.strip("/"):
+    filesystem.retries = 1  # of s3fs, around those of its client
+    if not rest.partition("/")[0]:
         raise InvalidRequest(f"storage.artifacts {url!r}: must name a bucket, as in {protocol}://bucket/videos")
     return Bucket(filesystem, root.rstrip("/"))
 

@@ -1,4 +1,4 @@
-"""Files of jobs in an object store, such as S3. An object appears when it is whole; there are no folders, nor renames."""
+"""Files of jobs in an object store, such as S3. An object appears when it is whole; nothing is ever renamed."""
 
 import logging
 from collections.abc import Generator, Iterator
@@ -48,7 +48,7 @@ class Bucket:
         """When the newest file of each folder "{job}/{fence}" was written, in unix seconds."""
         newest: dict[str, float] = {}
         # One flat listing, 1000 files a request: asking folder by folder would take one for each job that is kept.
-        with self._explained("list"):
+        with self._explained("listing"):
             for path, info in self._filesystem.find(self._root, detail=True).items():
                 folder, _, _ = path.removeprefix(f"{self._root}/").rpartition("/")
                 written_at = info.get("LastModified") or self._filesystem.modified(path)
@@ -81,7 +81,7 @@ class Bucket:
     def _unavailable(self, path: str, error: Exception, reason: str) -> Unavailable:
         # Who reads the message may be a caller from outside: where the store is, only the log says.
         logger.warning("artifact store fails: root=%s path=%s error=%r", self._root, path, error)
-        return Unavailable(f"file {path}: the artifact store fails: {reason}, or correct storage.artifacts")
+        return Unavailable(f"{path}: the artifact store fails: {reason}, or correct storage.artifacts")
 
 
 def _s3_code(error: BaseException) -> str | None:

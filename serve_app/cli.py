@@ -65,6 +65,7 @@ def _serve(
     from serve_app.app import build
 
     started = time.monotonic()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with console.status(f"Starting {config.model}"):
         ray.init(
             include_dashboard=False,

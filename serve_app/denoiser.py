@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ from t2v_core.unet3d import UNet3D
 from t2v_core.weights import Checkpoint as Weights
 from t2v_core.weights import load_autoencoder, load_unet, open_checkpoint
 
+logger = logging.getLogger(__name__)
+
 _LOOK_AT_OWNERS_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
 
@@ -52,12 +55,16 @@ class _Live:
 
     call: DenoiseCall
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    why_stopped: str = "the denoiser shuts down"
+    events: asyncio.Queue[tuple[float, Event]] = field(default_factory=asyncio.Queue)
+    why_stopped: str | None = None
 
     @property
     def engine_id(self) -> str:
         return f"{self.call.id}/{self.call.fence}"
+
+    def superseded(self) -> Superseded:
+        why = self.why_stopped or "the denoiser shuts down"
+        return Superseded(f"{self.call.id}: attempt {self.call.fence} was stopped, since {why}")
 
 
 class Denoiser:
@@ -94,6 +101,8 @@ class Denoiser:
             self._watch = asyncio.create_task(self._watch_owners())
         try:
             denoising = await asyncio.to_thread(self._prepare, call, conditioning)
+            if live.why_stopped is not None:  # meanwhile, when the engine did not know it yet
+                raise live.superseded()
             every = self._config.preview_every_steps if call.previews else 0
             self._thread.add(Request(live.engine_id, denoising, call.priority, None, call.waited_s, every))
             async for event in self._follow(live):
@@ -165,7 +174,11 @@ class Denoiser:
     async def _watch_owners(self) -> None:
         """Ends when there is nothing to do."""
         while self._live:
-            lost = await gone({owner for live in self._live.values() for owner in live.call.owners})
+            try:
+                lost = await gone({owner for live in self._live.values() for owner in live.call.owners})
+            except Exception as error:  # while Ray's head is away nobody can be called dead
+                logger.warning("owners cannot be looked at: %r", error)
+                lost = set()
             for live in self._live.values():
                 if lost.intersection(live.call.owners):
                     self._stop(live, "its owner is gone")
@@ -176,14 +189,13 @@ class Denoiser:
         live = self._live.get(event.id)
         if live is not None:
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens
-                live.loop.call_soon_threadsafe(live.events.put_nowait, event)
+                live.loop.call_soon_threadsafe(live.events.put_nowait, (time.monotonic(), event))
 
     async def _follow(self, live: _Live) -> AsyncIterator[DenoiseEvent]:
         began, first_step = time.monotonic(), None
         told = kept = began
         while True:
-            event = await live.events.get()
-            now = time.monotonic()
+            now, event = await live.events.get()
             if isinstance(event, Stepped):
                 left = event.num_steps - event.step_index
                 first_step = event.step_index - 1 if first_step is None else first_step
@@ -207,6 +219,6 @@ class Denoiser:
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Cancelled):
-                raise Superseded(f"{live.call.id}: attempt {live.call.fence} was stopped, since {live.why_stopped}")
+                raise live.superseded()
             else:
                 began = now

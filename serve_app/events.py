@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast, get_args
 from sse_starlette import ServerSentEvent
 
 from serve_app.artifacts import ArtifactStore
-from serve_app.errors import ArtifactGone
+from serve_app.errors import ArtifactGone, Unavailable
 from serve_app.jobs.model import ENDED, Job, JobStatus
 from serve_app.jobs.store import JobStore
 from serve_app.schemas import video_object
@@ -104,7 +104,7 @@ async def _data(name: EventName, job: Job, position: int | None, artifacts: Arti
         return json.dumps({"step": job.checkpoint_step, "resumes": job.resumes})
     if name == "preview":
         # In the event itself, as a picture that has its own URL would need the bearer header.
-        with suppress(ArtifactGone):
+        with suppress(ArtifactGone, Unavailable):
             if job.preview_path is None:
                 return None
             picture = base64.b64encode(await artifacts.read(job.preview_path)).decode()

@@ -13,7 +13,7 @@ from serve_app.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NUM_TRIES = 5
+_NUM_TRIES = 100  # one does, unless somebody removes folders all the time
 
 
 class Folder:
@@ -38,7 +38,7 @@ class Folder:
                     with suppress(OSError):  # which says that others use it
                         folder.rmdir()
                 raise
-        raise Unavailable(f"file {path}: its folder is removed as fast as it is made; give each service its own store")
+        raise Unavailable(f"{path}: its folder is removed as fast as it is made; give each service its own store")
 
     def read(self, path: str) -> bytes:
         with self._explained(path):
@@ -65,7 +65,7 @@ class Folder:
     def newest(self) -> dict[str, float]:
         """When the newest file of each folder "{job}/{fence}" was written, in unix seconds."""
         newest = {}
-        with self._explained("list"):
+        with self._explained("listing"):
             for job in self._root.iterdir():
                 with suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile, or none of ours
                     for folder in job.iterdir():
@@ -83,11 +83,11 @@ class Folder:
             logger.warning("artifact folder fails: folder=%s path=%s error=%s", self._root, path, error)
             if error.errno in _FULL:
                 raise Unavailable(
-                    f"file {path}: the artifact store has no room for its {num_bytes} bytes; free some of its disk"
+                    f"{path}: the artifact store has no room for its {num_bytes} bytes; free some of its disk"
                 ) from error
             reason = error.strerror or type(error).__name__
             raise Unavailable(
-                f"file {path}: the artifact store fails ({reason}); see to the folder of storage.artifacts"
+                f"{path}: the artifact store fails ({reason}); see to the folder of storage.artifacts"
             ) from error
 
 

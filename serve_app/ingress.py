@@ -18,7 +18,7 @@ from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
 from serve_app.config import IngressConfig, KeysConfig, StorageConfig
 from serve_app.events import Watcher
 from serve_app.jobs import JobStore
-from serve_app.owners import this_replica
+from serve_app.owners import ray_job, this_replica
 from serve_app.remote import plain_errors
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.weights import open_checkpoint, public_name
@@ -41,7 +41,7 @@ class Ingress:
         generator: "DeploymentHandle[Any]",
     ) -> None:
         self._generator = generator
-        self._owners = (this_replica(),)
+        self._name = this_replica()
         self._app_name = serve.get_replica_context().app_name
         self._defaults = open_checkpoint(model, revision=revision).config.defaults
         self._jobs = await JobStore.open(storage.database)
@@ -70,23 +70,23 @@ class Ingress:
         app.state.parts = self._parts
         return app
 
-    async def generate(self, prompt: str, **settings: Unpack[Settings]) -> GeneratedVideo:
+    async def generate(self, prompt: str, *, caller: str | None = None, **settings: Unpack[Settings]) -> GeneratedVideo:
         """A video, for another Ray job: `await serve.get_app_handle("t2v").generate.remote("A panda.", seed=7)`.
 
-        Settings that are not given are the checkpoint's own. Raises InvalidRequest and GenerationFailed. Cancelling
-        the response stops the work.
+        Settings that are not given are the checkpoint's own. Cancelling the response stops the work. So does the end of
+        the calling job, killed or not, if `caller` is its id: `ray.get_runtime_context().get_job_id()`.
+        Raises InvalidRequest, GenerationFailed, and Unavailable for what is worth another try.
         """
-        params = resolve(prompt, settings, self._defaults)
-        return await self._made(params)
+        return await self._made(resolve(prompt, settings, self._defaults), self._owned(caller))
 
     async def generate_stream(
-        self, prompt: str, **settings: Unpack[Settings]
+        self, prompt: str, *, caller: str | None = None, **settings: Unpack[Settings]
     ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
         """The same, with its progress and previews before the video: by a handle with `options(stream=True)`."""
         params = resolve(prompt, settings, self._defaults)
         stream = cast(
             "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
-            self._generator.options(stream=True).generate_stream.remote(params, self._owners),
+            self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller)),
         )
         try:
             with plain_errors("generator"):
@@ -100,13 +100,16 @@ class Ingress:
         await self._jobs.close()
 
     async def _finish(self, params: GenerationParams) -> Finished:
-        video = await self._made(params)
+        video = await self._made(params, self._owned(None))
         return Finished(video.video, video.media_type, params.seed)
 
-    async def _made(self, params: GenerationParams) -> GeneratedVideo:
+    async def _made(self, params: GenerationParams, owners: tuple[str, ...]) -> GeneratedVideo:
         with plain_errors("generator"):
-            video: GeneratedVideo = await self._generator.generate.remote(params, self._owners)
+            video: GeneratedVideo = await self._generator.generate.remote(params, owners)
         return video
+
+    def _owned(self, caller: str | None) -> tuple[str, ...]:
+        return (self._name,) if caller is None else (self._name, ray_job(caller))
 
     async def _wake(self) -> None:
         """A Generator that is not reached looks by itself a little later."""

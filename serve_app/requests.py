@@ -24,13 +24,14 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 def parse(schema: type[_Asked], body: Body) -> _Asked:
     """The body as this type. Raises InvalidRequest that names the field at fault."""
-    if body.values.get("input_reference") is not None:
+    values = dict(body.values)
+    if values.pop("input_reference", None) is not None:
         raise InvalidRequest(
             "input_reference: this version makes videos from text only; leave it out", param="input_reference"
         )
     try:
         # Text is read as numbers only where there is nothing but text: in JSON, "5" is no number and true is not 1.
-        return schema.model_validate(body.values, strict=not body.is_text_only)
+        return schema.model_validate(values, strict=not body.is_text_only)
     except ValidationError as error:
         raise invalid_request(error.errors(include_url=False), tuple(schema.model_fields)) from error
 

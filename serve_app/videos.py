@@ -193,8 +193,7 @@ async def _stop(job_id: str, parts: ApiParts, owner: str) -> None:
 async def _unless_disconnected(request: Request, work: Awaitable[_Result]) -> _Result:
     """What the work gives. It is cancelled as soon as the client goes away, and when we are cancelled ourselves."""
     working = asyncio.ensure_future(work)
-    # The body has been read, so that the next message can only be the disconnect.
-    leaving = asyncio.ensure_future(request.receive())
+    leaving = asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -204,3 +203,8 @@ async def _unless_disconnected(request: Request, work: Awaitable[_Result]) -> _R
         leaving.cancel()
         working.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

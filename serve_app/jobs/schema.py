@@ -1,4 +1,4 @@
-"""The tables of jobs, and how SQLite and PostgreSQL are opened alike."""
+"""The tables of jobs, and the clock that all their times are by."""
 
 from typing import Any
 
@@ -14,15 +14,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    event,
 )
-from sqlalchemy.engine import Connection
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-
-from t2v_core.errors import InvalidRequest
 
 metadata = MetaData()
 
@@ -30,7 +25,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(64), primary_key=True),
-    Column("owner", String(128), nullable=False),
+    Column("owner", Text, nullable=False),
     Column("model", Text, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("params", JSON, nullable=False),
@@ -68,6 +63,8 @@ jobs = Table(
     Index("jobs_by_due", "status", "due_at", "id"),
     Index("jobs_by_owner", "owner", "created_at", "id"),
     Index("jobs_by_claim", "claimed_by", "status"),
+    Index("jobs_by_completion", "status", "completed_at"),
+    Index("jobs_by_expiry", "expires_at"),
 )
 
 # Written with the change that it tells of, so that neither is without the other.
@@ -96,31 +93,3 @@ def _sqlite_now(element: now_s, compiler: SQLCompiler, **_: Any) -> str:
 @compiles(now_s, "postgresql")
 def _postgresql_now(element: now_s, compiler: SQLCompiler, **_: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
-
-
-def open_engine(url: str) -> AsyncEngine:
-    """An engine for "sqlite:///PATH" or "postgresql://...". Raises InvalidRequest for any other."""
-    scheme, separator, rest = url.partition("://")
-    if scheme == "sqlite" and separator:
-        engine = create_async_engine(f"sqlite+aiosqlite://{rest}")
-        event.listen(engine.sync_engine, "connect", _set_up_sqlite)
-        event.listen(engine.sync_engine, "begin", _begin_sqlite)
-        return engine
-    if scheme in ("postgresql", "postgres") and separator:
-        return create_async_engine(f"postgresql+psycopg://{rest}", pool_pre_ping=True)
-    raise InvalidRequest(
-        f"database {scheme}: must be sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME", param="database"
-    )
-
-
-def _set_up_sqlite(connection: Any, _: object) -> None:  # Any: the driver's
-    connection.isolation_level = None  # transactions begin where we say so
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout=20000", "journal_mode=WAL", "synchronous=FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """A transaction that reads and then writes must have the lock from the start, or it fails when it wants it."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")

@@ -4,30 +4,26 @@ A claim gives a lease and a fence number. The lease is renewed by heartbeats; wh
 queue. The fence grows with every claim and is part of every write, so that an owner that was thought dead cannot write.
 """
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, select, tuple_
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
-from sqlalchemy.exc import TimeoutError as NoConnectionInTime
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import and_, delete, func, select, tuple_
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound, QueueFull, Unavailable
+from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound
+from serve_app.jobs.database import Database, finished, lock
 from serve_app.jobs.model import ENDED, Artifact, Heartbeat, Job, JobStatus, NewJob, Page, Progress
-from serve_app.jobs.schema import jobs, metadata, now_s, open_engine
-from serve_app.jobs.transitions import change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
-from t2v_core.engine.batching import PATIENCE_S
+from serve_app.jobs.queue import accepted_before, candidates, check_bound, enqueue, num_queued, position
+from serve_app.jobs.schema import jobs, metadata, now_s
+from serve_app.jobs.transitions import Rules, change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
 from t2v_core.errors import InvalidRequest
 
-# PostgreSQL's advisory locks are numbers; these are any that nobody else uses.
-_SETUP_LOCK = 7_282_014
-_QUEUE_LOCK = 7_282_015
-_RATE_OVER_S = 300.0
-_MAX_RETRY_AFTER_S = 120.0
 _LIVE: tuple[JobStatus, ...] = ("queued", "in_progress")
-_Jobs = list[Job]  # inside the class, `list` is its method
+# Inside the class, `list` is its method.
+_Jobs = list[Job]
+_Ids = list[str]
 
 
 class JobStore:
@@ -36,8 +32,8 @@ class JobStore:
     Every method raises Unavailable where the database cannot be reached.
     """
 
-    def __init__(self, engine: AsyncEngine, *, max_attempts: int, keep_ended_s: float) -> None:
-        self._engine, self._max_attempts, self._keep_ended_s = engine, max_attempts, keep_ended_s
+    def __init__(self, database: Database, rules: Rules) -> None:
+        self.database, self._rules = database, rules
 
     @classmethod
     async def open(cls, url: str, *, max_attempts: int = 3, keep_ended_s: float = 86_400.0) -> "JobStore":
@@ -46,26 +42,26 @@ class JobStore:
         A job fails for good after `max_attempts` attempts without progress; one that failed or was cancelled is kept
         for `keep_ended_s`. Raises InvalidRequest for another kind of URL.
         """
-        store = cls(open_engine(url), max_attempts=max_attempts, keep_ended_s=keep_ended_s)
+        store = cls(Database(url), Rules(max_attempts, keep_ended_s))
         try:
-            async with store._writing() as connection:
-                await _lock(connection, _SETUP_LOCK)
-                await connection.run_sync(metadata.create_all)
+            await store._make_tables()
         except BaseException:
             await store.close()
             raise
         return store
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        await self.database.close()
 
+    @finished
     async def now(self) -> float:
         """The database's clock, in unix seconds."""
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             return float((await connection.execute(select(now_s()))).scalar_one())
 
     # What callers of the service do
 
+    @finished
     async def create(
         self, new: NewJob, *, max_queued: int | None = None, max_queued_per_owner: int | None = None
     ) -> tuple[Job, bool]:
@@ -76,27 +72,18 @@ class JobStore:
         if "\0" in new.prompt:
             raise InvalidRequest("prompt: holds the character U+0000; leave it out", param="prompt")
         try:
-            async with self._writing() as connection:
+            async with self.database.writing() as connection:
                 if max_queued is not None or max_queued_per_owner is not None:
-                    await _lock(connection, _QUEUE_LOCK)  # two that count at once would both find the last place
-                earlier = await _earlier(connection, new)
+                    await lock(connection, "queue")  # two that count at once would both find the last place
+                earlier = await accepted_before(connection, new)
                 if earlier is None:
-                    await _check_queue(connection, max_queued, None)
-                    await _check_queue(connection, max_queued_per_owner, new.owner)
-                    due_at = now_s() + PATIENCE_S[new.priority]
-                    await connection.execute(
-                        insert(jobs).values(
-                            **asdict(new),
-                            status="queued",
-                            num_steps=int(new.params.get("num_inference_steps") or 0),
-                            created_at=now_s(),
-                            due_at=due_at,
-                        )
-                    )
+                    await check_bound(connection, max_queued, None)
+                    await check_bound(connection, max_queued_per_owner, new.owner)
+                    await enqueue(connection, new)
                     return await read(connection, new.id), True
         except IntegrityError:  # another one with this key came in between
-            async with self._reading() as connection:
-                earlier = await _earlier(connection, new)
+            async with self.database.reading() as connection:
+                earlier = await accepted_before(connection, new)
             if earlier is None:
                 raise
         if earlier.body_hash != new.body_hash:
@@ -106,26 +93,29 @@ class JobStore:
             )
         return earlier, False
 
+    @finished
     async def get(self, job_id: str, owner: str | None = None) -> Job:
         """One job. Raises JobNotFound, also where it is another owner's."""
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             return await read(connection, job_id, owner)
 
+    @finished
     async def get_many(self, job_ids: Collection[str]) -> dict[str, Job]:
         """Those of the jobs that there are."""
         if not job_ids:
             return {}
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             rows = await connection.execute(select(jobs).where(jobs.c.id.in_(sorted(job_ids))))
             return {row.id: job_of(row) for row in rows}
 
+    @finished
     async def list(
         self, owner: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
     ) -> Page:
         """An owner's jobs by their creation, those behind `after`. Raises JobNotFound for an unknown `after`."""
         place = tuple_(jobs.c.created_at, jobs.c.id)  # ids settle what happened at once
         query = select(jobs).where(jobs.c.owner == owner)
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             if after is not None:
                 last = await read(connection, after, owner)
                 behind = (last.created_at, last.id)
@@ -134,23 +124,27 @@ class JobStore:
             rows = (await connection.execute(query.order_by(*columns).limit(limit + 1))).all()
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
 
+    @finished
     async def cancel(self, job_id: str, owner: str) -> Job:
         """Cancel a job: at once while it waits, else by its owner, who is told. Raises JobNotFound, JobEnded."""
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             job = await read(connection, job_id, owner, lock=True)
             if job.is_ended:
                 raise JobEnded(
                     f"video {job_id} is {job.status}: only one that has not ended can be cancelled; delete it instead"
                 )
             if job.status == "queued":
-                await end(connection, one(job_id, jobs.c.status == "queued"), "cancelled", keep_s=self._keep_ended_s)
+                await end(
+                    connection, one(job_id, jobs.c.status == "queued"), "cancelled", keep_s=self._rules.keep_ended_s
+                )
             else:
                 await change(connection, held(job_id, job.fence), cancel_requested=True)
             return await read(connection, job_id)
 
+    @finished
     async def delete(self, job_id: str, owner: str) -> Job:
         """Remove a job that has ended, and say what it was. Raises JobNotFound, JobLive."""
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             job = await read(connection, job_id, owner, lock=True)
             if not job.is_ended:
                 raise JobLive(f"video {job_id} is {job.status}: cancel it first")
@@ -159,17 +153,14 @@ class JobStore:
 
     # What the owners of claims do
 
+    @finished
     async def claim(self, claimer: str, *, limit: int, lease_s: float, urgent_only: bool = False) -> _Jobs:
         """Up to `limit` queued jobs, those due first, now the claimer's for `lease_s` seconds."""
         if limit < 1:
             return []
-        waiting: ColumnElement[bool] = jobs.c.status == "queued"
-        if urgent_only:
-            waiting = and_(waiting, jobs.c.priority == "urgent")
-        candidates = select(jobs.c.id, jobs.c.fence).where(waiting).order_by(jobs.c.due_at, jobs.c.id).limit(limit)
         claimed = []
-        async with self._writing() as connection:
-            for row in (await connection.execute(candidates.with_for_update(skip_locked=True))).all():
+        async with self.database.writing() as connection:
+            for row in await candidates(connection, limit, urgent_only=urgent_only):
                 ours = await change(
                     connection,
                     one(row.id, jobs.c.fence == row.fence, jobs.c.status == "queued"),
@@ -184,10 +175,11 @@ class JobStore:
                     claimed.append(job_of(ours))
         return claimed
 
+    @finished
     async def heartbeat(self, claimer: str, progress: Sequence[Progress], *, lease_s: float) -> Heartbeat:
         """Report progress and renew the leases, all at once."""
         lost: set[str] = set()
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             for report in progress:
                 values: dict[str, Any] = {"step": report.step, "num_steps": report.num_steps, "eta_s": report.eta_s}
                 if report.preview_path is not None:
@@ -197,28 +189,31 @@ class JobStore:
                     lost.add(report.job_id)
             return Heartbeat(lost, await _to_cancel(connection, claimer) - lost)
 
+    @finished
     async def cancel_requests(self, claimer: str) -> set[str]:
         """The claimer's jobs that are to be cancelled."""
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             return await _to_cancel(connection, claimer)
 
+    @finished
     async def save_checkpoint(self, job_id: str, fence: int, path: str | None, step: int) -> bool:
         """Name the newest trajectory; None forgets it. False where the job is not this owner's any more."""
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             saved = await change(connection, held(job_id, fence), checkpoint_path=path, checkpoint_step=step)
             return saved is not None
 
+    @finished
     async def complete(
         self, job_id: str, fence: int, artifacts: Mapping[str, Artifact], *, expires_in_s: float
     ) -> bool:
         """End a job with its files. False where it is not this owner's any more, or was to be cancelled: it is then."""
         files = {variant: asdict(artifact) for variant, artifact in artifacts.items()}
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             row = await held_row(connection, job_id, fence)
             if row is None:
                 return False
             if row.cancel_requested:
-                await end(connection, held(job_id, fence), "cancelled", keep_s=self._keep_ended_s)
+                await end(connection, held(job_id, fence), "cancelled", keep_s=self._rules.keep_ended_s)
                 return False
             return await end(
                 connection,
@@ -229,69 +224,69 @@ class JobStore:
                 step=jobs.c.num_steps,
             )
 
+    @finished
     async def fail(self, job_id: str, fence: int, code: str, message: str) -> bool:
         """End a job that cannot be made. False where it is not this owner's any more."""
         why = {"error_code": code, "error_message": message}
-        async with self._writing() as connection:
-            return await end(connection, held(job_id, fence), "failed", keep_s=self._keep_ended_s, **why)
+        async with self.database.writing() as connection:
+            return await end(connection, held(job_id, fence), "failed", keep_s=self._rules.keep_ended_s, **why)
 
+    @finished
     async def cancelled(self, job_id: str, fence: int) -> bool:
         """End a job whose work has stopped. False where it is not this owner's any more."""
-        async with self._writing() as connection:
-            return await end(connection, held(job_id, fence), "cancelled", keep_s=self._keep_ended_s)
+        async with self.database.writing() as connection:
+            return await end(connection, held(job_id, fence), "cancelled", keep_s=self._rules.keep_ended_s)
 
+    @finished
     async def release(self, job_id: str, fence: int) -> bool:
         """Give a job back, to be gone on with by another. It counts as no attempt.
 
         False where it is not this owner's any more.
         """
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             row = await held_row(connection, job_id, fence)
             if row is not None:
-                await requeue(connection, row, attempts=row.attempts, keep_s=self._keep_ended_s)
+                await requeue(connection, row, self._rules, attempts=row.attempts)
             return row is not None
 
+    @finished
     async def retry(self, job_id: str, fence: int, reason: str) -> Job:
         """Give a job back after a failed attempt. It counts unless it gained a checkpoint; after too many it failed.
 
         Raises JobNotFound.
         """
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             row = await held_row(connection, job_id, fence)
             if row is not None:
-                await give_up_attempt(
-                    connection, row, reason, max_attempts=self._max_attempts, keep_s=self._keep_ended_s
-                )
+                await give_up_attempt(connection, row, self._rules, reason)
             return await read(connection, job_id)
 
-    async def reap(self) -> _Jobs_of_ids:
+    @finished
+    async def reap(self) -> _Ids:
         """Take the jobs back whose leases have run out. Returns their ids."""
         late = select(jobs).where(jobs.c.status == "in_progress", jobs.c.lease_until < now_s())
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             rows = (await connection.execute(late.with_for_update(skip_locked=True))).all()
             for row in rows:
-                await give_up_attempt(
-                    connection,
-                    row,
-                    "its worker was lost",
-                    max_attempts=self._max_attempts,
-                    keep_s=self._keep_ended_s,
-                )
+                await give_up_attempt(connection, row, self._rules, "its worker was lost")
         return [row.id for row in rows]
 
     # What keeps the house in order
 
+    @finished
     async def expired(self, limit: int = 100) -> _Jobs:
         """Ended jobs past their time."""
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             rows = await connection.execute(select(jobs).where(jobs.c.expires_at < now_s()).limit(limit))
             return [job_of(row) for row in rows]
 
+    @finished
     async def forget(self, job_id: str) -> None:
         """Remove the row of an ended job."""
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             await connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(ENDED)))
 
+    @finished
     async def names_prefix(self, prefix: str) -> bool:
         """Whether a job needs what is under "{job}/{fence}": it is being made there, or names a file there."""
         job_id, _, fence = prefix.strip("/").partition("/")
@@ -304,34 +299,33 @@ class JobStore:
         paths = [job.input_path, job.checkpoint_path, job.preview_path, *(a.path for a in job.artifacts.values())]
         return any(path is not None and path.startswith(f"{job_id}/{fence}/") for path in paths)
 
+    @finished
     async def queue_position(self, job_id: str) -> int | None:
         """How many jobs are to be claimed before this one; None if it does not wait."""
-        me = select(jobs.c.due_at, jobs.c.id).where(one(job_id, jobs.c.status == "queued"))
-        async with self._reading() as connection:
-            mine = (await connection.execute(me)).first()
-            if mine is None:
-                return None
-            before = tuple_(jobs.c.due_at, jobs.c.id) < (mine.due_at, mine.id)
-            return await _count(connection, jobs.c.status == "queued", before)
+        async with self.database.reading() as connection:
+            return await position(connection, job_id)
 
+    @finished
     async def num_queued(self, owner: str | None = None) -> int:
         """How many jobs wait, of all owners or of one."""
-        async with self._reading() as connection:
-            return await _num_queued(connection, owner)
+        async with self.database.reading() as connection:
+            return await num_queued(connection, owner)
 
+    @finished
     async def counts(self) -> dict[JobStatus, int]:
         """How many jobs there are of each status."""
-        async with self._reading() as connection:
+        async with self.database.reading() as connection:
             rows = await connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
             found = {row[0]: row[1] for row in rows}
         return {status: found.get(status, 0) for status in (*_LIVE, *sorted(ENDED))}
 
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
-        async with _explained(), self._engine.connect() as connection:
-            yield connection
+    @finished
+    async def _make_tables(self) -> None:
+        async with self.database.writing() as connection:
+            await lock(connection, "setup")
+            await connection.run_sync(metadata.create_all)
 
-    @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        async with _explained(), self._engine.execution_options(writes=True).begin() as connection:
-            yield connection
+
+async def _to_cancel(connection: AsyncConnection, claimer: str) -> set[str]:
+    mine = and_(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
+    return set((await connection.execute(select(jobs.c.id).where(mine, jobs.c.cancel_requested))).scalars())

@@ -7,7 +7,7 @@
 Every write names the state that it starts from, so that of two only one finds it.
 """
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, and_, insert, select, update
@@ -16,6 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serve_app.errors import JobNotFound
 from serve_app.jobs.model import Artifact, Job, JobStatus
 from serve_app.jobs.schema import jobs, now_s, outbox
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How often a job is tried without progress, and how long it is kept when it ends without a video."""
+
+    max_attempts: int
+    keep_ended_s: float
 
 
 def one(job_id: str, *where: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -85,11 +93,11 @@ async def end(
     return ended is not None
 
 
-async def requeue(connection: AsyncConnection, row: Row[Any], *, attempts: int, keep_s: float) -> None:
+async def requeue(connection: AsyncConnection, row: Row[Any], rules: Rules, *, attempts: int) -> None:
     """Give a held and locked job back, to go on from its checkpoint. One that is to be cancelled ends here."""
     where = held(row.id, row.fence)
     if row.cancel_requested:
-        await end(connection, where, "cancelled", keep_s=keep_s)
+        await end(connection, where, "cancelled", keep_s=rules.keep_ended_s)
         return
     await change(
         connection,
@@ -105,21 +113,18 @@ async def requeue(connection: AsyncConnection, row: Row[Any], *, attempts: int, 
     )
 
 
-async def give_up_attempt(
-    connection: AsyncConnection, row: Row[Any], reason: str, *, max_attempts: int, keep_s: float
-) -> None:
+async def give_up_attempt(connection: AsyncConnection, row: Row[Any], rules: Rules, reason: str) -> None:
     """Requeue a held and locked job after an attempt that failed. It counts unless it gained a checkpoint."""
     attempts = row.attempts + (row.checkpoint_step <= row.claimed_step)
-    if attempts < max_attempts or row.cancel_requested:
-        await requeue(connection, row, attempts=attempts, keep_s=keep_s)
+    if attempts < rules.max_attempts or row.cancel_requested:
+        await requeue(connection, row, rules, attempts=attempts)
         return
-    message = f"{attempts} attempts ended without progress, at most {max_attempts} may, the last since {reason}: try again later"
     await end(
         connection,
         held(row.id, row.fence),
         "failed",
-        keep_s=keep_s,
+        keep_s=rules.keep_ended_s,
         attempts=attempts,
         error_code="attempts_exhausted",
-        error_message=message,
+        error_message=f"{attempts} attempts ended without progress, the last since {reason}: try again later",
     )

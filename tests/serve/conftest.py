@@ -1,4 +1,4 @@
-"""The service without Ray and without a GPU: the real API, job store and files, on a free port; a test is the worker."""
+"""The service without Ray and without a GPU: the real API, job store and files on a free port. A test is the worker."""
 
 import asyncio
 import re
@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import torch
 import uvicorn
+from databases import database_url, postgresql  # noqa: F401  # fixtures
 from fastapi import FastAPI
 
 from serve_app.api import ApiParts, Finished, Limits, create_app
@@ -30,7 +31,7 @@ DEFAULTS = GenerationDefaults(width=64, height=48, num_frames=8, fps=4, num_infe
 LEASE_S = 30.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -90,9 +91,7 @@ class Work:
         if preview is not None:
             path = f"{self.job.id}/{self.job.fence}/preview.webp"
             await self.artifacts.put(path, preview, "image/webp")
-        progress = Progress(
-            self.job.id, self.job.fence, step, 5, self.eta_s, path, step if preview is not None else 0
-        )
+        progress = Progress(self.job.id, self.job.fence, step, 5, self.eta_s, path, step if preview is not None else 0)
         assert self.job.claimed_by is not None
         beat = await self.jobs.heartbeat(self.job.claimed_by, [progress], lease_s=LEASE_S)
         assert not beat.lost
@@ -182,7 +181,11 @@ async def run_service(tmp_path: Path, files: Files) -> AsyncIterator[RunService]
     async with AsyncExitStack() as stack:
 
         async def run(
-            *, keys: str = "", key: str | None = None, limits: Limits | None = None, ready: dict[str, bool] | None = None
+            *,
+            keys: str = "",
+            key: str | None = None,
+            limits: Limits | None = None,
+            ready: dict[str, bool] | None = None,
         ) -> Service:
             return await stack.enter_async_context(_running(tmp_path, files, keys, key, limits, ready))
 
@@ -194,9 +197,21 @@ async def service(run_service: RunService) -> Service:
     return await run_service()
 
 
+@pytest.fixture(scope="module")
+async def shared_service(tmp_path_factory: pytest.TempPathFactory, files: Files) -> AsyncIterator[Service]:
+    """One for all tests whose calls are refused."""
+    async with _running(tmp_path_factory.mktemp("shared"), files) as service:
+        yield service
+
+
 @asynccontextmanager
 async def _running(
-    folder: Path, files: Files, keys: str, key: str | None, limits: Limits | None, ready: dict[str, bool] | None
+    folder: Path,
+    files: Files,
+    keys: str = "",
+    key: str | None = None,
+    limits: Limits | None = None,
+    ready: dict[str, bool] | None = None,
 ) -> AsyncIterator[Service]:
     jobs = await JobStore.open(f"sqlite:///{folder / 'jobs.db'}")
     artifacts = ArtifactStore(str(folder / "artifacts"))
@@ -225,7 +240,7 @@ async def _running(
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110  # uvicorn tells it in no other way
         await asyncio.sleep(0.001)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     headers = {"authorization": f"Bearer {key}"} if key else {}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sse_starlette import EventSourceResponse
 
 from serve_app.errors import JobNotFound
 from serve_app.events import Event, Seen, Watcher, news
@@ -35,7 +37,9 @@ def test_an_id_says_what_was_seen(state: Seen) -> None:
     assert Seen.parse(str(state)) == state
 
 
-@pytest.mark.parametrize("text", [None, "", "queued", "done.1.2.3.4", "queued.1.2.3", "queued.a.b.c.d", "queued.1.2.3.4.5"])
+@pytest.mark.parametrize(
+    "text", [None, "", "queued", "done.1.2.3.4", "queued.1.2.3", "queued.a.b.c.d", "queued.1.2.3.4.5"]
+)
 def test_an_id_that_is_none_of_ours_means_nothing_was_seen(text: str | None) -> None:
     assert Seen.parse(text) is None
 
@@ -178,6 +182,26 @@ async def test_a_video_that_is_removed_ends_its_streams(service: Any) -> None:
     assert [event["event"] async for event in stream] in ([], ["cancelled"])
 
 
+async def test_a_preview_that_is_gone_is_left_out(service: Any, files: Any) -> None:
+    video = await service.create()
+    work = await service.claim()
+    await work.step(2, preview=files.thumbnail)
+    await service.artifacts.delete_prefix(video["id"])
+    stream = events_of(service, video["id"])
+    assert (await anext(stream))["event"] == "progress"
+    await work.complete()
+    assert [event["event"] async for event in stream] == ["completed"]
+
+
+async def test_a_quiet_stream_is_kept_alive_by_comments(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.05)
+    video = await service.create()
+    async with service.client.stream("GET", f"/v1/videos/{video['id']}/events") as response:
+        async for line in response.aiter_lines():
+            if line.startswith(":"):
+                break
+
+
 async def test_the_stream_of_an_unknown_video_is_404(service: Any) -> None:
     response = await service.client.get("/v1/videos/video_0/events")
     assert response.status_code == 404
@@ -206,18 +230,21 @@ async def test_all_who_watch_share_one_reader(service: Any) -> None:
     videos = [await service.create() for _ in range(3)]
     counted = Counted(service.jobs)
     watcher = Watcher(counted, every_s=0.05)  # type: ignore[arg-type]
-    subscriptions = [watcher.subscribe(video["id"]) for video in videos for _ in range(20)]
-    await asyncio.gather(*(anext(subscription) for subscription in subscriptions))
-    counted.num_reads = 0
-    works = [await service.claim() for _ in videos]
-    await asyncio.gather(*(anext(subscription) for subscription in subscriptions))
-    assert counted.num_reads <= 4
-    for work in works:
+
+    async def last_of(video: dict[str, Any]) -> str:
+        async with aclosing(watcher.subscribe(video["id"])) as sightings:
+            async for job, _ in sightings:
+                if job.is_ended:
+                    break
+        return str(job.status)
+
+    began = time.monotonic()
+    watching = [asyncio.create_task(last_of(video)) for video in videos for _ in range(20)]
+    for work in [await service.claim() for _ in videos]:
+        await asyncio.sleep(0.1)
         await work.complete()
-    sightings = await asyncio.gather(*(anext(subscription) for subscription in subscriptions))
-    assert {sighting.job.status for sighting in sightings} == {"completed"}
-    for subscription in subscriptions:
-        await subscription.aclose()
+    assert await asyncio.gather(*watching) == ["completed"] * 60
+    assert 0 < counted.num_reads <= (time.monotonic() - began) / 0.05 + 1
     await asyncio.sleep(0.1)
     num_reads = counted.num_reads
     await asyncio.sleep(0.2)
@@ -233,10 +260,24 @@ async def test_a_store_that_is_away_for_a_while_ends_no_subscription(service: An
         await anext(subscription)
         counted.num_failures = 3
         await service.claim()
-        sighting = await anext(subscription)
-        while sighting.job.status == "queued":
+        async with asyncio.timeout(5):
             sighting = await anext(subscription)
+            while sighting.job.status == "queued":
+                sighting = await anext(subscription)
         assert sighting.job.status == "in_progress"
+    await watcher.close()
+
+
+async def test_a_slow_reader_misses_states_but_not_the_latest(service: Any) -> None:
+    video = await service.create()
+    watcher = Watcher(service.jobs, every_s=0.01)
+    async with aclosing(watcher.subscribe(video["id"])) as subscription, asyncio.timeout(5):
+        await anext(subscription)
+        work = await service.claim()
+        for step in (1, 2, 3):
+            await work.step(step)
+            await asyncio.sleep(0.05)
+        assert (await anext(subscription)).job.step == 3
     await watcher.close()
 
 

@@ -1,0 +1,124 @@
+"""SQLite and PostgreSQL, opened alike: transactions that are finished once begun, and locks."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+
+from sqlalchemy import event, func, select
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnectionInTime
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from serve_app.errors import Unavailable
+from t2v_core.errors import InvalidRequest
+
+# PostgreSQL names the locks of applications by numbers; these are any that nobody else uses.
+_LOCKS = {"setup": 7_282_014, "queue": 7_282_015}
+
+_Owner = TypeVar("_Owner", bound="_OnDatabase")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+class Database:
+    """The database at "sqlite:///PATH" or "postgresql://...". Raises InvalidRequest for any other URL.
+
+    Transactions raise Unavailable where it cannot be reached.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        if self._calls:
+            await asyncio.wait(self._calls)
+        await self._engine.dispose()
+
+    async def finish(self, call: Coroutine[Any, Any, _Result]) -> _Result:
+        """The call's result. The call goes on to its end when its caller is cancelled."""
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await asyncio.shield(task)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        with _explained():
+            async with self._engine.connect() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that is committed at the end, and rolled back by an error."""
+        with _explained():
+            async with self._engine.execution_options(writes=True).begin() as connection:
+                yield connection
+
+
+class _OnDatabase(Protocol):
+    @property
+    def database(self) -> Database: ...
+
+
+def finished(
+    method: Callable[Concatenate[_Owner, _Arguments], Coroutine[Any, Any, _Result]],
+) -> Callable[Concatenate[_Owner, _Arguments], Coroutine[Any, Any, _Result]]:
+    """The method, finished once begun though its caller is cancelled.
+
+    For aiosqlite, stopped in the middle of a statement, keeps the lock of its transaction, and all others wait for it.
+    """
+
+    @wraps(method)
+    async def call(owner: _Owner, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        return await owner.database.finish(method(owner, *args, **kwargs))
+
+    return call
+
+
+async def lock(connection: AsyncConnection, what: Literal["setup", "queue"]) -> None:
+    """Be the only transaction that does this. In SQLite, one that writes is the only one anyway."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(select(func.pg_advisory_xact_lock(_LOCKS[what])))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A database that is away is a part of the service that cannot be reached."""
+    try:
+        yield
+    except (DataError, IntegrityError, ProgrammingError):  # it is there, and was asked for what cannot be
+        raise
+    except (DBAPIError, NoConnectionInTime, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        raise Unavailable(f"the job store cannot be reached ({reason}): try again in a few seconds") from error
+
+
+def _engine(url: str) -> AsyncEngine:
+    scheme, separator, rest = url.partition("://")
+    if scheme == "sqlite" and separator:
+        engine = create_async_engine(f"sqlite+aiosqlite://{rest}")
+        event.listen(engine.sync_engine, "connect", _set_up_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        return engine
+    if scheme in ("postgresql", "postgres") and separator:
+        return create_async_engine(f"postgresql+psycopg://{rest}", pool_pre_ping=True)
+    raise InvalidRequest(
+        f"database {scheme}: must be sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME", param="database"
+    )
+
+
+def _set_up_sqlite(connection: Any, _: object) -> None:  # Any: the driver's
+    connection.isolation_level = None  # transactions begin where we say so
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout=20000", "journal_mode=WAL", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A transaction that reads and then writes must have the lock from the start, or it fails when it wants it."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")

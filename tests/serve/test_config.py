@@ -1,0 +1,92 @@
+"""What is deployed is what the files say, and mistakes in them are told before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+from typer.testing import CliRunner
+
+from serve_app.app import build
+from serve_app.cli import app
+from serve_app.config import AppConfig
+
+SERVE = Path(__file__).parents[2] / "cluster" / "serve"
+FILES = sorted(SERVE.glob("*.yaml"))
+
+
+def test_the_local_file_says_the_defaults():
+    (application,) = yaml.safe_load((SERVE / "local.yaml").read_text())["applications"]
+    assert AppConfig.model_validate(application["args"]) == AppConfig()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_is_what_serve_deploys(file):
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    (application,) = deployed.applications
+    assert (application.name, application.import_path) == ("t2v", "serve_app.app:build")
+    assert deployed.http_options.host  # Ray's own default would be all interfaces with HAProxy
+    AppConfig.model_validate(application.args)
+
+
+def test_several_nodes_never_share_a_folder_or_sqlite():
+    config = AppConfig.model_validate(yaml.safe_load((SERVE / "cluster.yaml").read_text())["applications"][0]["args"])
+    assert config.storage.database.startswith("postgresql://")
+    assert config.storage.artifacts.startswith("s3://")
+
+
+def test_a_stage_takes_as_many_requests_as_it_is_scaled_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = {"denoiser": {"min_replicas": 0, "max_replicas": 4, "max_ongoing": 3, "urgent_reserve": 2, "num_gpus": 0.5}}
+    config = AppConfig.model_validate({**args, "generator": {"num_replicas": 5}})
+    ingress = build(config)
+    generator = ingress._bound_deployment.init_args[-1]
+    denoiser = generator._bound_deployment.init_args[-2]._bound_deployment
+    assert denoiser._deployment_config.autoscaling_config.target_ongoing_requests == 3
+    assert denoiser._deployment_config.max_ongoing_requests == 3 + 2
+    assert denoiser.ray_actor_options["num_gpus"] == 0.5
+    assert config.jobs_per_generator * 5 >= 4 * 3
+    assert (config.jobs_per_generator - 1) * 5 < 4 * 3
+
+
+def test_relative_paths_are_taken_from_where_the_service_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage = build(AppConfig())._bound_deployment.init_args[1]
+    assert storage.database == f"sqlite:///{tmp_path}/outputs/t2v.db"
+    assert storage.artifacts == f"{tmp_path}/outputs/store"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"modle": "demo"}, "modle"),
+        ({"denoiser": {"max_ongoing": 0}}, "greater than or equal to 1"),
+        ({"decoder": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas 3 is more than max_replicas 2"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_told(args, message):
+    with pytest.raises(ValidationError, match=message):
+        AppConfig.model_validate(args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "no.yaml"], "cannot be read"),
+        (["--host", "0.0.0.0"], "without keys"),
+        (["--port", "70000"], "choose another --port"),
+    ],
+)
+def test_serve_tells_a_mistake_before_it_starts_ray(arguments, message):
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_a_file_with_an_unknown_field_is_refused_by_name(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("denoiser: {max_ongonig: 3}")
+    result = CliRunner().invoke(app, ["serve", "--config", str(file)])
+    assert result.exit_code == 2
+    assert "denoiser.max_ongonig" in result.stderr

@@ -1,0 +1,101 @@
+"""Denoisers come and go with the jobs that wait, a redeploy disturbs none of them, and a restart finds them all."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+import yaml
+from ray import serve
+from running import APP, Running, config, ray_started, running, wait_for
+
+from serve_app.app import build
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    with ray_started():
+        yield
+
+
+def test_denoisers_scale_from_zero_to_several_and_back_and_all_are_used(tmp_path):
+    scaling = {
+        "min_replicas": 0, "max_replicas": 3, "max_ongoing": 1, "urgent_reserve": 1, "num_threads": 1,
+        "upscale_delay_s": 0.5, "downscale_delay_s": 3.0,
+    }  # fmt: skip
+    with running(config(tmp_path, denoiser=scaling)) as service:
+        assert service.replicas("Denoiser") == []
+        assert service.client.get("/readyz").json()["ready"]
+        videos = [service.create(seed=seed, num_inference_steps=20) for seed in range(5)]
+        wait_for(lambda: len(service.replicas("Denoiser")) == 3)
+        handle = serve.get_deployment_handle("Denoiser", APP)  # its calls take the place that is kept for urgent jobs
+        wait_for(lambda: all(status.live for status in handle.broadcast("status").results(timeout_s=30)), 90)
+        assert [service.ended(video, 180)["status"] for video in videos] == ["completed"] * 5
+        wait_for(lambda: service.replicas("Denoiser") == [], 60)
+
+
+def test_a_redeploy_under_load_loses_and_doubles_nothing(tmp_path):
+    with running(config(tmp_path)) as service:
+        videos = [service.create(seed=seed, num_inference_steps=8) for seed in range(3)]
+        service.at_step(videos[0], 2)
+        changed = config(
+            tmp_path, denoiser={"preview_every_steps": 3}, ingress={"max_queued": 50}, decoder={"encoding_threads": 1}
+        )
+        serve.run(build(changed), name=APP)
+        videos += [service.create(seed=seed, num_inference_steps=8) for seed in range(3, 5)]
+        assert [service.ended(video)["status"] for video in videos] == ["completed"] * 5
+        assert sorted(service.completions()) == sorted(videos)
+
+
+def test_after_a_restart_of_everything_queued_jobs_are_there_and_running_ones_are_made_again(tmp_path):
+    app_config = config(tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(app_config.model_dump(mode="json")))
+    with _served(file) as (service, process):
+        service.config = app_config
+        videos = [service.create(seed=seed, num_inference_steps=10) for seed in range(3)]
+        service.at_step(videos[0], 3)
+        _kill_tree(process.pid)
+    with _served(file) as (service, _):
+        service.config = app_config
+        assert [service.ended(video)["status"] for video in videos] == ["completed"] * 3
+        assert sorted(service.completions()) == sorted(videos)
+
+
+@contextmanager
+def _served(file: Path):
+    """`t2v serve` in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(port), "--config", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            wait_for(lambda: client.get("/readyz").json()["ready"], 90)
+            yield Running(f"http://127.0.0.1:{port}", config(file.parent), client), process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def _kill_tree(pid: int) -> None:
+    """Kill a process with all that it has started, at once, as a power cut would."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    tree = [pid]
+    for parent in tree:
+        tree += [child for child, of in parents.items() if of == parent]
+    for member in tree:
+        os.kill(member, signal.SIGKILL)

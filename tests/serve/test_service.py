@@ -1,0 +1,221 @@
+"""The service as a whole, on real Ray processes with the demo checkpoint, and what happens when parts of it die."""
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+import ray
+from ray import serve
+from running import APP, PROMPT, Running, config, psnr, ray_started, running, wait_for
+
+from serve_app.calls import GeneratedVideo, Progress
+from t2v_core.demo.measuring import look_at
+from t2v_core.errors import InvalidRequest
+
+pytestmark = pytest.mark.service
+
+STEPS = 14  # about four seconds
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    with ray_started(), running(config(tmp_path_factory.mktemp("service"))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Running):
+    """The frames that the killed jobs below must have as well."""
+    video_id = service.create(num_inference_steps=STEPS)
+    assert service.ended(video_id)["status"] == "completed"
+    return service.frames(video_id)
+
+
+def test_a_prompt_becomes_a_video_of_what_it_says(service: Running):
+    video = service.ended(service.create())
+    assert (video["status"], video["progress"], video["step"]) == ("completed", 100, 25)
+    seen = look_at(service.frames(video["id"]))
+    assert (seen.background, seen.colour, seen.shape, seen.motion) == ("white", "red", "circle", "right")
+
+
+def test_a_job_leaves_nothing_but_the_files_that_it_names(service: Running):
+    video = service.ended(service.create(num_inference_steps=6))
+    named = {artifact.path for artifact in service.job(video["id"]).artifacts.values()}
+    left = {path for path in service.files() if path.startswith(video["id"])}
+    assert left - named <= {f"{video['id']}/1/preview.webp"}
+    assert len(named) == 3
+
+
+def test_it_is_ready_when_all_parts_are(service: Running):
+    ready = service.client.get("/readyz")
+    assert (ready.status_code, ready.json()["ready"]) == (200, True)
+    assert {"jobs", "Ingress", "Generator", "TextEncoder", "Denoiser", "Decoder"} <= ready.json()["parts"].keys()
+
+
+CALLER = f"""
+import sys, ray
+from ray import serve
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+handle = serve.get_app_handle("{APP}")
+video = handle.generate.remote("A blue star growing on a black background.", seed=1, num_inference_steps=4).result()
+print(type(video).__name__, video.media_type, video.params.seed, video.video[4:8] == b"ftyp")
+stream = handle.options(stream=True).generate_stream.remote(prompt="{PROMPT}", num_inference_steps=4)
+print(*(type(event).__name__ for event in stream))
+"""
+
+
+def test_another_ray_job_calls_by_handle_and_by_stream(service: Running):
+    address = ray.get_runtime_context().gcs_address
+    out = subprocess.run([sys.executable, "-c", CALLER, address], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    first, second = out.stdout.strip().splitlines()
+    assert first == "GeneratedVideo video/mp4 1 True"
+    *events, last = second.split()
+    assert "Progress" in events
+    assert set(events) <= {"Progress", "PreviewPicture"}
+    assert last == "GeneratedVideo"
+
+
+def test_the_examples_of_the_guide_run_one_after_the_other(service: Running, tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.+?)```", guide, flags=re.DOTALL))
+    for said, here in (
+        ("http://127.0.0.1:8000", service.url),
+        ('"auto"', f'"{ray.get_runtime_context().gcs_address}"'),
+    ):
+        assert said in code
+        code = code.replace(said, here)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert "Progress(step=" in out.stdout
+    assert "GeneratedVideo(" in out.stdout
+    for name in ("circle.mp4", "circle.webp", "star.mp4"):
+        assert (tmp_path / name).stat().st_size > 500
+
+
+def test_a_mistake_in_a_call_by_handle_says_what_is_wrong(service: Running):
+    call = serve.get_app_handle(APP).generate.remote(PROMPT, width=123)
+    with pytest.raises(InvalidRequest, match="width 123: must be a multiple of 8"):
+        call.result(timeout_s=30)
+
+
+def test_a_killed_denoiser_costs_the_steps_since_the_last_checkpoint_and_nothing_else(service: Running, undisturbed):
+    video_id = service.create(num_inference_steps=STEPS)
+    wait_for(lambda: service.job(video_id).checkpoint_step >= 4)
+    service.kill("Denoiser")
+    assert service.ended(video_id)["status"] == "completed"
+    job = service.job(video_id)
+    assert job.resumes >= 1
+    assert 0 <= job.steps_repeated < STEPS - 4
+    assert job.attempts == 0  # it had made progress
+    assert psnr(service.frames(video_id), undisturbed) > 40
+
+
+def test_a_killed_generator_stops_what_it_had_begun_and_another_goes_on(service: Running, undisturbed):
+    video_id = service.create(num_inference_steps=STEPS)
+    wait_for(lambda: service.job(video_id).checkpoint_step >= 3)
+    service.kill("Generator")
+    began = time.monotonic()
+    wait_for(lambda: not service.denoiser().live, within_s=2.0)
+    assert time.monotonic() - began < 2.0
+    assert service.ended(video_id)["status"] == "completed"
+    job = service.job(video_id)
+    assert (job.fence >= 2, job.resumes >= 1) == (True, True)
+    assert psnr(service.frames(video_id), undisturbed) > 40
+
+
+@pytest.mark.parametrize("part", ["Decoder", "TextEncoder", "Ingress"])
+def test_another_part_killed_loses_no_job(service: Running, undisturbed, part):
+    video_id = service.create(num_inference_steps=STEPS)
+    service.at_step(video_id, 2)
+    service.kill(part)
+    assert service.ended(video_id)["status"] == "completed"
+    assert psnr(service.frames(video_id), undisturbed) > 40
+    wait_for(lambda: service.client.get("/readyz").json()["ready"])
+
+
+def test_a_killed_controller_disturbs_no_job(service: Running):
+    video_id = service.create(num_inference_steps=STEPS)
+    service.at_step(video_id, 2)
+    ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
+    video = service.ended(video_id)
+    assert (video["status"], video["resumes"]) == ("completed", 0)
+    wait_for(lambda: service.client.get("/readyz").json()["ready"])
+
+
+def test_cancel_stops_the_work_within_a_step(service: Running):
+    video_id = service.create(num_inference_steps=100)
+    service.at_step(video_id, 2)
+    response = service.client.post(f"/v1/videos/{video_id}/cancel")
+    assert response.status_code == 200
+    wait_for(lambda: not service.denoiser().live, within_s=2.0, every_s=0.01)
+    assert service.ended(video_id)["status"] == "cancelled"
+    stopped = service.denoiser().steps
+    time.sleep(1.0)
+    assert service.denoiser().steps <= stopped + 1
+    assert service.video(video_id)["step"] < 10
+
+
+def test_going_away_from_sync_stops_the_work_within_a_step(service: Running):
+    def ask() -> None:
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(
+                f"{service.url}/v1/videos/sync",
+                json={"prompt": PROMPT, "num_inference_steps": 200},
+                timeout=httpx2.Timeout(3.0),
+            )
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: service.denoiser().live, within_s=3.0)
+    asking.join()
+    wait_for(lambda: not service.denoiser().live, within_s=2.0)
+    stopped = service.denoiser().steps
+    time.sleep(1.0)
+    assert service.denoiser().steps <= stopped + 1
+
+
+def test_closing_a_stream_by_handle_stops_the_work_within_a_step(service: Running):
+    handle = serve.get_app_handle(APP).options(stream=True)
+    stream = handle.generate_stream.remote(PROMPT, num_inference_steps=200)
+    assert isinstance(next(iter(stream)), Progress | GeneratedVideo)
+    stream.cancel()
+    wait_for(lambda: not service.denoiser().live, within_s=2.0)
+
+
+CALLER_TO_KILL = f"""
+import sys, ray
+from ray import serve
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+handle, me = serve.get_app_handle("{APP}"), ray.get_runtime_context().get_job_id()
+if sys.argv[2] == "stream":
+    list(handle.options(stream=True).generate_stream.remote("{PROMPT}", caller=me, num_inference_steps=200))
+handle.generate.remote("{PROMPT}", caller=me, num_inference_steps=200).result()
+"""
+
+
+@pytest.mark.parametrize("kind", ["stream", "one answer"])
+def test_the_work_of_a_caller_that_is_killed_stops(service: Running, kind):
+    address = ray.get_runtime_context().gcs_address
+    caller = subprocess.Popen([sys.executable, "-c", CALLER_TO_KILL, address, kind])
+    wait_for(lambda: service.denoiser().live)
+    caller.kill()
+    caller.wait()
+    wait_for(lambda: not service.denoiser().live, within_s=2.0)
+
+
+def test_a_long_encode_delays_neither_health_nor_other_jobs(service: Running):
+    long = service.create(num_inference_steps=1, num_frames=128, format="webm")
+    wait_for(lambda: service.video(long)["step"] >= 1)
+    slowest = 0.0
+    while service.video(long)["status"] == "in_progress":
+        began = time.monotonic()
+        assert service.client.get("/healthz").status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+    assert service.ended(long)["status"] == "completed"
+    assert slowest < 1.0
