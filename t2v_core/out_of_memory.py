@@ -7,6 +7,9 @@ import torch
 
 from t2v_core.errors import OutOfMemory
 
+# The CPU's allocator and CUDA's libraries, which take memory past torch's, have no error class of their own.
+_SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
 
 @contextmanager
 def out_of_memory_explained() -> Iterator[None]:
@@ -14,8 +17,7 @@ def out_of_memory_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The CPU's allocator has no error class of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _SIGNS):
             raise
         reason = str(error).partition(". ")[0].strip()
         raise OutOfMemory(f"{reason}: use fewer frames, a smaller size, or half precision") from error

@@ -18,7 +18,7 @@ from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound
 from serve_app.jobs import Job, JobStore, Progress, new_job_id
 from serve_app.jobs.database import Database
 from serve_app.jobs.schema import jobs as table
-from serve_app.jobs.schema import outbox
+from serve_app.jobs.schema import now_s, outbox
 from t2v_core.engine.batching import PATIENCE_S
 from t2v_core.errors import InvalidRequest
 
@@ -414,6 +414,24 @@ async def test_leases_go_by_the_databases_clock(store: JobStore, monkeypatch: py
         assert await store.reap() == []
         await store.heartbeat("worker", [report(job, 1)], lease_s=OVER)
         assert await store.reap() == [job.id]
+
+
+async def test_a_lease_that_had_to_wait_for_its_row_begins_when_it_is_written(
+    store: JobStore, database_url: str
+) -> None:
+    await accept(store)
+    job = await claimed(store)
+    database = Database(database_url)
+    async with database.writing() as connection:
+        await connection.execute(update(table).values(model="other"))
+        beating = asyncio.create_task(store.heartbeat("worker", [report(job, 1)], lease_s=LEASE_S))
+        await asyncio.sleep(0.5)
+        written_at = (await connection.execute(select(now_s()))).scalar_one()
+    await beating
+    await database.close()
+    lease_until = (await store.get(job.id)).lease_until
+    assert lease_until is not None
+    assert lease_until >= written_at + LEASE_S
 
 
 async def test_a_lease_runs_out_by_itself(store: JobStore) -> None:
