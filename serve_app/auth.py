@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _LOCAL = "local"  # the owner of everything where no keys are configured
 _NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 _KEY = re.compile(r"[!-~]{16,512}")  # what can stand in a header as it is
-_SCHEME = "Bearer "
+_SCHEME = "bearer "
 
 _State = tuple[int, int, int, int]
 
@@ -52,9 +52,9 @@ class ApiKeys:
             return _LOCAL
         if not authorization_header:
             raise Unauthorized('no API key: send it in the header "Authorization: Bearer KEY"')
-        if not authorization_header.startswith(_SCHEME):
+        if authorization_header[: len(_SCHEME)].lower() != _SCHEME:  # in any case: RFC 9110, section 11.1
             raise Unauthorized('the header Authorization: must be "Bearer KEY", with one space')
-        digest = _digest(authorization_header.removeprefix(_SCHEME))
+        digest = _digest(authorization_header[len(_SCHEME) :])
         owner = None
         for name, known in digests.items():  # all of them, so that the time does not tell which one it was
             if hmac.compare_digest(digest, known):

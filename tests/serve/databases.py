@@ -4,7 +4,6 @@ import importlib.util
 import os
 import pwd
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,8 @@ import pytest
 
 # Nothing that a test writes must outlive a power cut, and a fresh database takes half the time without.
 _SETTINGS = {"listen_addresses": "", "fsync": "off", "full_page_writes": "off", "shared_buffers": "32MB"}
+# A server ends, in order, with its shell's input: so it does not outlive a pytest that is killed.
+_UNTIL_INPUT_ENDS = '"$@" & server=$!; read -r _; kill -INT "$server"; wait "$server"'
 _START_WITHIN_S = 60.0
 _STOP_WITHIN_S = 20.0
 
@@ -61,35 +62,29 @@ def running_postgresql() -> Iterator[PostgreSQL]:
         data = folder / "data"
         log = folder / "log"
         with log.open("wb") as output:
-            initdb = [
-                programs / "initdb",
-                "-D",
-                data,
-                "-U",
-                "postgres",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--locale=C",
-                "-N",
-            ]
+            options = "--username=postgres --auth=trust --encoding=UTF8 --locale=C --no-sync".split()
+            initdb = [programs / "initdb", "-D", data, *options]
             process = subprocess.run(initdb, stdout=output, stderr=output, cwd=folder, check=False, **identity)
             assert process.returncode == 0, log.read_text()
             settings = [f"-c{name}={value}" for name, value in _SETTINGS.items()]
             command = [programs / "postgres", "-D", data, "-k", folder, *settings]
-            # A group of its own: the Ctrl-C that ends pytest is not for it.
-            server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, process_group=0, **identity)
+            # Its group is its own, as the Ctrl-C that ends pytest is not for it.
+            server = subprocess.Popen(
+                ["sh", "-c", _UNTIL_INPUT_ENDS, "sh", *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                process_group=0,
+                **identity,
+            )
+            assert server.stdin is not None
             try:
-                _await_start(server, data, log)
+                _await_start(data, log)
                 yield PostgreSQL(folder)
             finally:
-                server.send_signal(signal.SIGINT)  # end now, in order
-                try:
-                    server.wait(_STOP_WITHIN_S)
-                except subprocess.TimeoutExpired:
-                    server.kill()
-                    server.wait()
+                server.stdin.close()
+                server.wait(_STOP_WITHIN_S)
 
 
 @pytest.fixture(scope="session")
@@ -128,11 +123,11 @@ def _programs(folder: Path) -> Path:
     return copy / "bin"
 
 
-def _await_start(server: "subprocess.Popen[bytes]", data: Path, log: Path) -> None:
+def _await_start(data: Path, log: Path) -> None:
     """Until the server says in its file that it takes connections."""
     deadline = time.monotonic() + _START_WITHIN_S
     pid_file = data / "postmaster.pid"
     while not (pid_file.exists() and "ready" in pid_file.read_text()):
-        assert server.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
+        assert "FATAL" not in log.read_text(), log.read_text()
         time.sleep(0.02)
