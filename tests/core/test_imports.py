@@ -113,14 +113,16 @@ SERVICE_ALLOWED = {
     "text_encoder": {"calls", "config", "devices"},
     "decoder": {"calls", "config", "devices"},
     "denoiser": {"calls", "config", "devices", "errors", "owners"},
-    "generator": {"artifacts", "calls", "config", "errors", "jobs", "owners", "remote", "sweeper"},
+    "chain": {"calls", "remote"},
+    "attempt": {"artifacts", "calls", "chain", "config", "errors", "jobs"},
+    "generator": {"artifacts", "attempt", "calls", "chain", "config", "jobs", "owners", "sweeper"},
     "ingress": {"api", "artifacts", "auth", "calls", "config", "events", "jobs", "owners", "remote"},
     "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
     "cli": {"app", "config"},
 }
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
 LIBRARIES = {
-    "ray": {"text_encoder", "generator", "ingress", "app", "cli", "owners", "remote"},
+    "ray": {"text_encoder", "chain", "generator", "ingress", "app", "cli", "owners", "remote"},
     "fastapi": {"api", "content", "document", "failures", "ingress", "parts", "videos"},
     "sqlalchemy": {"jobs"},
     "fsspec": {"bucket", "artifacts"},

@@ -62,7 +62,7 @@ def running_postgresql() -> Iterator[PostgreSQL]:
         data = folder / "data"
         log = folder / "log"
         with log.open("wb") as output:
-            options = "--username=postgres --auth=trust --encoding=UTF8 --locale=C --no-sync".split()
+            options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
             initdb = [programs / "initdb", "-D", data, *options]
             process = subprocess.run(initdb, stdout=output, stderr=output, cwd=folder, check=False, **identity)
             assert process.returncode == 0, log.read_text()

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
     initialize,
     invariant,
-    multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -32,7 +31,15 @@ NUM_STEPS = 5
 LEASE_S = 600.0
 OVER = -1.0  # a lease that has run out when it is given
 
+MAX_LIVE = 3  # with more, hardly two events would be of the same job
+RECENT = st.integers(0, 3)  # how many newer ones there are
+
 _Result = TypeVar("_Result")
+_Thing = TypeVar("_Thing")
+
+
+def recently(things: list[_Thing], recent: int) -> _Thing:
+    return things[-1 - min(recent, len(things) - 1)]
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,14 @@ class Expected:
 class JobsLife(RuleBasedStateMachine):
     """The store beside a few lines that say what it should hold; `kept` are its jobs, `gone` those deleted."""
 
-    jobs = Bundle("jobs")
-    claims = Bundle("claims")
-
     def __init__(self, url: str) -> None:
         super().__init__()
         self.url = url
         self.runner = asyncio.Runner()
         self.kept: dict[str, Expected] = {}
         self.gone: dict[str, Expected] = {}
+        self.accepted: list[str] = []
+        self.claims: list[Claim] = []
 
     def run(self, call: Coroutine[Any, Any, _Result]) -> _Result:
         return self.runner.run(call)
@@ -105,15 +111,16 @@ class JobsLife(RuleBasedStateMachine):
             rows = await connection.execute(select(outbox.c.job_id, outbox.c.event))
             return sorted((row.job_id, row.event) for row in rows)
 
-    @rule(target=jobs, priority=st.sampled_from(["urgent", "normal", "low"]))
-    def accept(self, priority: Priority) -> str:
+    @precondition(lambda self: sum(job.status not in ENDED for job in self.kept.values()) < MAX_LIVE)
+    @rule(priority=st.sampled_from(["urgent", "normal", "low"]))
+    def accept(self, priority: Priority) -> None:
         params = {"num_inference_steps": NUM_STEPS}
         job, _ = self.run(self.store.create(new_job(priority=priority, params=params)))
         self.kept[job.id] = Expected()
-        return job.id
+        self.accepted.append(job.id)
 
-    @rule(target=claims, claimer=st.sampled_from(["a", "b"]), limit=st.integers(1, 3))
-    def claim(self, claimer: str, limit: int) -> Any:
+    @rule(claimer=st.sampled_from(["a", "b"]), limit=st.integers(1, 3))
+    def claim(self, claimer: str, limit: int) -> None:
         waiting = [job for job in self.kept.values() if job.status == "queued"]
         taken = self.run(self.store.claim(claimer, limit=limit, lease_s=LEASE_S))
         assert len(taken) == min(limit, len(waiting))
@@ -123,11 +130,13 @@ class JobsLife(RuleBasedStateMachine):
             expected.status, expected.is_late = "in_progress", False
             expected.fence += 1
             expected.claimed_step = expected.checkpoint_step
-        return multiple(*(Claim(job.id, job.fence, claimer) for job in taken))
+            self.claims.append(Claim(job.id, job.fence, claimer))
 
-    @rule(claim=claims, step=st.integers(0, NUM_STEPS), dies=st.booleans())
-    def heartbeat(self, claim: Claim, step: int, dies: bool) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT, step=st.integers(0, NUM_STEPS), dies=st.booleans())
+    def heartbeat(self, recent: int, step: int, dies: bool) -> None:
         """The last one before its process dies, or one of many."""
+        claim = recently(self.claims, recent)
         progress = Progress(claim.job_id, claim.fence, step, NUM_STEPS, None)
         beat = self.run(self.store.heartbeat(claim.claimer, [progress], lease_s=OVER if dies else LEASE_S))
         expected = self.held(claim)
@@ -136,8 +145,10 @@ class JobsLife(RuleBasedStateMachine):
             assert (claim.job_id in beat.cancel_requested) == expected.cancel_requested
             expected.step, expected.is_late = step, dies
 
-    @rule(claim=claims, step=st.integers(1, NUM_STEPS))
-    def save_checkpoint(self, claim: Claim, step: int) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT, step=st.integers(1, NUM_STEPS))
+    def save_checkpoint(self, recent: int, step: int) -> None:
+        claim = recently(self.claims, recent)
         path = f"{claim.job_id}/{claim.fence}/trajectory"
         is_ours = self.run(self.store.save_checkpoint(claim.job_id, claim.fence, path, step))
         expected = self.held(claim)
@@ -145,8 +156,10 @@ class JobsLife(RuleBasedStateMachine):
         if expected is not None:
             expected.checkpoint_step = step
 
-    @rule(claim=claims)
-    def complete(self, claim: Claim) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT)
+    def complete(self, recent: int) -> None:
+        claim = recently(self.claims, recent)
         files = video_of(claim.job_id, claim.fence)
         is_ours = self.run(self.store.complete(claim.job_id, claim.fence, files, expires_in_s=60))
         expected = self.held(claim)
@@ -155,32 +168,40 @@ class JobsLife(RuleBasedStateMachine):
             expected.status = "cancelled" if expected.cancel_requested else "completed"
             expected.step = expected.step if expected.cancel_requested else NUM_STEPS
 
-    @rule(claim=claims)
-    def fail(self, claim: Claim) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT)
+    def fail(self, recent: int) -> None:
+        claim = recently(self.claims, recent)
         is_ours = self.run(self.store.fail(claim.job_id, claim.fence, "generation_failed", "not finite"))
         expected = self.held(claim)
         assert is_ours == (expected is not None)
         if expected is not None:
             expected.status = "failed"
 
-    @rule(claim=claims)
-    def stop(self, claim: Claim) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT)
+    def stop(self, recent: int) -> None:
+        claim = recently(self.claims, recent)
         is_ours = self.run(self.store.cancelled(claim.job_id, claim.fence))
         expected = self.held(claim)
         assert is_ours == (expected is not None)
         if expected is not None:
             expected.status = "cancelled"
 
-    @rule(claim=claims)
-    def release(self, claim: Claim) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT)
+    def release(self, recent: int) -> None:
+        claim = recently(self.claims, recent)
         is_ours = self.run(self.store.release(claim.job_id, claim.fence))
         expected = self.held(claim)
         assert is_ours == (expected is not None)
         if expected is not None:
             expected.give_back(failed=False)
 
-    @rule(claim=claims)
-    def retry(self, claim: Claim) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(recent=RECENT)
+    def retry(self, recent: int) -> None:
+        claim = recently(self.claims, recent)
         if claim.job_id in self.gone:
             with pytest.raises(JobNotFound):
                 self.run(self.store.retry(claim.job_id, claim.fence, "unlucky"))
@@ -198,8 +219,10 @@ class JobsLife(RuleBasedStateMachine):
         for job_id in late:
             self.kept[job_id].give_back(failed=True)
 
-    @rule(job_id=jobs)
-    def cancel(self, job_id: str) -> None:
+    @precondition(lambda self: self.accepted)
+    @rule(recent=RECENT)
+    def cancel(self, recent: int) -> None:
+        job_id = recently(self.accepted, recent)
         expected = self.kept.get(job_id)
         if expected is None or expected.status in ENDED:
             with pytest.raises(JobNotFound if expected is None else JobEnded):
@@ -211,8 +234,10 @@ class JobsLife(RuleBasedStateMachine):
         else:
             expected.cancel_requested = True
 
-    @rule(job_id=jobs)
-    def delete(self, job_id: str) -> None:
+    @precondition(lambda self: self.accepted)
+    @rule(recent=RECENT)
+    def delete(self, recent: int) -> None:
+        job_id = recently(self.accepted, recent)
         expected = self.kept.get(job_id)
         if expected is None or expected.status not in ENDED:
             with pytest.raises(JobNotFound if expected is None else JobLive):
@@ -272,5 +297,5 @@ class JobsLife(RuleBasedStateMachine):
 
 def test_in_any_order_of_events_every_job_ends_once(database_url: str) -> None:
     run_state_machine_as_test(
-        lambda: JobsLife(database_url), settings=settings(max_examples=25, stateful_step_count=30)
+        lambda: JobsLife(database_url), settings=settings(max_examples=60, stateful_step_count=40)
     )

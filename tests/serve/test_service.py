@@ -104,6 +104,16 @@ def test_a_mistake_in_a_call_by_handle_says_what_is_wrong(service: Running):
         call.result(timeout_s=30)
 
 
+def test_a_prompt_with_too_many_tokens_fails_and_says_so(service: Running):
+    prompt = "red " * 700
+    video = service.ended(service.create(prompt=prompt))
+    assert (video["status"], video["error"]["code"]) == ("failed", "invalid_request")
+    assert "prompt has 700 tokens: at most 600 are allowed" in video["error"]["message"]
+    response = service.client.post("/v1/videos/sync", json={"prompt": prompt})
+    assert response.status_code == 400
+    assert "prompt has 700 tokens: at most 600 are allowed" in response.json()["error"]["message"]
+
+
 def test_a_killed_denoiser_costs_the_steps_since_the_last_checkpoint_and_nothing_else(service: Running, undisturbed):
     video_id = service.create(num_inference_steps=STEPS)
     wait_for(lambda: service.job(video_id).checkpoint_step >= 4)
@@ -137,6 +147,25 @@ def test_another_part_killed_loses_no_job(service: Running, undisturbed, part):
     assert service.ended(video_id)["status"] == "completed"
     assert psnr(service.frames(video_id), undisturbed) > 40
     wait_for(lambda: service.client.get("/readyz").json()["ready"])
+
+
+def test_a_finished_video_waits_for_an_artifact_store_that_is_away(service: Running, undisturbed):
+    video_id = service.create(num_inference_steps=STEPS)
+    service.at_step(video_id, 2)
+    store = Path(service.config.storage.artifacts)
+    away = store.with_name("away")
+    store.rename(away)
+    store.write_text("no folder")
+    try:
+        service.at_step(video_id, STEPS)
+        time.sleep(2.0)
+        assert service.video(video_id)["status"] == "in_progress"
+    finally:
+        store.unlink()
+        away.rename(store)
+    assert service.ended(video_id)["status"] == "completed"
+    assert service.job(video_id).attempts == 0
+    assert psnr(service.frames(video_id), undisturbed) > 40
 
 
 def test_a_killed_controller_disturbs_no_job(service: Running):

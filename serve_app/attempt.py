@@ -1,0 +1,167 @@
+"""One attempt at a job: from its claim to its end, or back to the queue."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+from serve_app.artifacts import ArtifactStore
+from serve_app.calls import Checkpoint, DenoiseCall, PreviewPicture, Progress, RenderedFile
+from serve_app.chain import Chain
+from serve_app.config import GeneratorConfig
+from serve_app.errors import ArtifactGone, Unavailable
+from serve_app.jobs import Artifact, Job, JobStore
+from serve_app.jobs import Progress as JobProgress
+from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableTrajectory
+from t2v_core.params import GenerationParams
+
+logger = logging.getLogger(__name__)
+
+WhyStopped = Literal["cancelled", "lost", "drained"]
+
+_PAUSE_S = 0.5  # a part that is not there fails at once, and would use up all attempts
+# What is no fault of the replica that met it: another would fail in the same way.
+_PERMANENT = (InvalidRequest, GenerationFailed)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every attempt of a Generator works with. `owner` is the Generator itself."""
+
+    owner: str
+    config: GeneratorConfig
+    jobs: JobStore
+    artifacts: ArtifactStore
+    chain: Chain
+
+
+class Attempt:
+    """A job under the lease of its Generator. `progress` is what the next heartbeat reports."""
+
+    def __init__(self, job: Job, tools: Tools) -> None:
+        self.job = job
+        self.progress = JobProgress(job.id, job.fence, job.checkpoint_step, job.num_steps, None)
+        self._tools = tools
+        self._folder = f"{job.id}/{job.fence}"
+        self._trajectory = f"{self._folder}/trajectory.safetensors"
+        self._why_stopped: WhyStopped | None = None
+        self.task = asyncio.create_task(self._work())
+
+    def stop(self, why: WhyStopped) -> None:
+        """Stop the work at the next step. Cancelled: the job ends; drained: it goes back; lost: it is another's."""
+        if self._why_stopped is None:
+            self._why_stopped = why
+            self.task.cancel()
+
+    async def _work(self) -> None:
+        job, jobs = self.job, self._tools.jobs
+        try:
+            await self._make()
+        except asyncio.CancelledError:
+            if self._why_stopped == "cancelled":
+                await jobs.cancelled(job.id, job.fence)
+            elif self._why_stopped == "drained":
+                await jobs.release(job.id, job.fence)
+        except UnreadableTrajectory as error:
+            logger.warning("checkpoint cannot be used: job=%s error=%s", job.id, error)
+            await jobs.save_checkpoint(job.id, job.fence, None, 0)
+            await jobs.retry(job.id, job.fence, str(error))
+        except _PERMANENT as error:
+            logger.info("job failed: job=%s error=%s", job.id, error)
+            await jobs.fail(job.id, job.fence, _code(error), str(error))
+        except Exception as error:
+            logger.warning("attempt failed: job=%s fence=%d error=%r", job.id, job.fence, error)
+            await asyncio.sleep(_PAUSE_S)
+            await jobs.retry(job.id, job.fence, str(error))
+
+    async def _make(self) -> None:
+        job = self.job
+        call = DenoiseCall(
+            id=job.id,
+            fence=job.fence,
+            owners=(self._tools.owner,),
+            params=GenerationParams(prompt=job.prompt, **cast(dict[str, Any], job.params)),
+            priority=job.priority,
+            waited_s=max(0.0, await self._tools.jobs.now() - job.created_at),
+            trajectory=await self._saved_trajectory(),
+            keeps_checkpoints=True,
+            previews=True,
+        )
+        rendered = None
+        async with aclosing(self._tools.chain.run(call)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    step, num_steps, eta_s = event.step, event.num_steps, event.eta_s
+                    self.progress = replace(self.progress, step=step, num_steps=num_steps, eta_s=eta_s)
+                elif isinstance(event, PreviewPicture):
+                    await self._keep_preview(event)
+                elif isinstance(event, Checkpoint):
+                    await self._keep_checkpoint(event)
+                else:
+                    rendered = event
+        assert rendered is not None
+        files = rendered.by_variant()
+        if await self._patiently(lambda: self._complete(files)):
+            await self._tools.artifacts.delete(self._trajectory)
+        else:  # somebody else has it now, or it was cancelled: these files are nobody's
+            await self._tools.artifacts.delete_prefix(f"{self._folder}/")
+
+    async def _keep_preview(self, preview: PreviewPicture) -> None:
+        with self._spared("preview"):
+            kept = await self._tools.artifacts.put(f"{self._folder}/preview.webp", preview.picture, "image/webp")
+            self.progress = replace(self.progress, preview_path=kept.path, preview_step=preview.step)
+
+    async def _keep_checkpoint(self, checkpoint: Checkpoint) -> None:
+        with self._spared("checkpoint"):
+            await self._tools.artifacts.put(self._trajectory, checkpoint.trajectory, "application/octet-stream")
+            await self._tools.jobs.save_checkpoint(self.job.id, self.job.fence, self._trajectory, checkpoint.step)
+
+    async def _complete(self, files: dict[str, RenderedFile]) -> bool:
+        """Whether the job was still ours to end."""
+        artifacts: dict[str, Artifact] = {}
+        for variant, file in files.items():
+            artifacts[variant] = await self._tools.artifacts.put(
+                f"{self._folder}/{file.name}", file.data, file.media_type
+            )
+        return await self._tools.jobs.complete(
+            self.job.id, self.job.fence, artifacts, expires_in_s=self._tools.config.expires_in_s
+        )
+
+    async def _patiently(self, action: Callable[[], Awaitable[bool]]) -> bool:
+        """Through an outage of a store: a finished video is worth the wait."""
+        deadline = time.monotonic() + self._tools.config.outage_s
+        while True:
+            try:
+                return await action()
+            except Unavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("waiting for a store: job=%s error=%s", self.job.id, error)
+            await asyncio.sleep(_PAUSE_S)
+
+    @contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """What a job can do without while a store is away."""
+        try:
+            yield
+        except Unavailable as error:
+            logger.warning("%s not kept: job=%s error=%s", what, self.job.id, error)
+
+    async def _saved_trajectory(self) -> bytes | None:
+        """Where the attempt before stood; without it the job starts anew."""
+        if self.job.checkpoint_path is None:
+            return None
+        try:
+            return await self._tools.artifacts.read(self.job.checkpoint_path)
+        except ArtifactGone:
+            logger.warning("checkpoint is gone: job=%s path=%s", self.job.id, self.job.checkpoint_path)
+            return None
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, OutOfMemory):
+        return "out_of_memory"
+    return "invalid_request" if isinstance(error, InvalidRequest) else "generation_failed"

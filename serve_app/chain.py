@@ -1,0 +1,41 @@
+"""One request through the three stages."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, PreviewPicture, Progress, Rendered
+from serve_app.remote import plain_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Handles to the stages. `denoiser` streams."""
+
+    text_encoder: "DeploymentHandle[Any]"
+    denoiser: "DeploymentHandle[Any]"
+    decoder: "DeploymentHandle[Any]"
+
+    async def run(self, call: DenoiseCall) -> AsyncGenerator[Progress | Checkpoint | PreviewPicture | Rendered, None]:
+        """What happens on the way, and the files at the end. Closing it stops what runs.
+
+        Raises what the stages raise, and Unavailable where a replica died or cannot be reached.
+        """
+        conditioning = self.text_encoder.encode.remote(call.params)  # goes from stage to stage, and not through here
+        stream = cast("DeploymentResponseGenerator[DenoiseEvent]", self.denoiser.denoise.remote(call, conditioning))
+        latents = None
+        try:
+            with plain_errors("denoiser"):
+                async for event in stream:
+                    if isinstance(event, Denoised):
+                        latents = event.latents
+                    else:
+                        yield event
+        finally:
+            stream.cancel()  # type: ignore[no-untyped-call]
+        assert latents is not None
+        with plain_errors("decoder"):
+            rendered: Rendered = await self.decoder.decode.remote(latents, call.params)
+        yield rendered
