@@ -862,6 +862,8 @@ async def test_what_was_said_to_be_done_is_done_though_its_process_is_killed(
     for _ in range(3):
         with processes(work_for_ever, database_url, 2) as running:
             said.append(await asyncio.to_thread(running[0][1].recv))
+            while said[-1][0] != "completed":
+                said.append(await asyncio.to_thread(running[0][1].recv))
             await asyncio.sleep(random.uniform(0.05, 0.3))
             for process, _ in running:
                 process.kill()
