@@ -60,8 +60,10 @@ def _fixed(config: GeneratorConfig | IngressConfig, max_ongoing: int) -> dict[st
 def _scaled(scaling: Scaling, reserve: int = 0) -> dict[str, Any]:
     """A stage's replicas take as many requests as they are scaled by: else the first takes all, and others idle."""
     actor = {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus, "resources": scaling.resources}
-    options = {"max_ongoing_requests": scaling.max_ongoing + reserve, "ray_actor_options": actor}
+    options = {"max_ongoing_requests": scaling.max_ongoing, "ray_actor_options": actor}
     if scaling.min_replicas == scaling.max_replicas:
+        # While others are being started, the first replicas would fill the reserve as well.
+        options["max_ongoing_requests"] = scaling.max_ongoing + reserve
         return options | {"num_replicas": scaling.max_replicas}
     autoscaling = AutoscalingConfig(
         min_replicas=scaling.min_replicas,

@@ -22,7 +22,7 @@ from t2v_core.errors import InvalidRequest
 # No name begins with a dot: that rules out ".." and the temporary names of a folder.
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
 _FENCE = r"[0-9]{1,18}"
-_FOLDER = re.compile(rf"{_NAME}/{_FENCE}")
+_OURS = re.compile(rf"video_[0-9a-f]{{32}}/{_FENCE}")  # a bucket may hold other people's folders as well
 _FILE = re.compile(rf"{_NAME}/{_FENCE}/{_NAME}")
 _JOB_OR_FOLDER = re.compile(rf"{_NAME}(/{_FENCE})?")
 
@@ -103,7 +103,7 @@ class ArtifactStore:
             newest = await self._in_thread(self._files.newest)
         except FileNotFoundError:  # nothing was ever put
             return []
-        return sorted(folder for folder, at in newest.items() if at < limit and _FOLDER.fullmatch(folder))
+        return sorted(folder for folder, at in newest.items() if at < limit and _OURS.fullmatch(folder))
 
     async def _in_thread(self, function: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
         return await to_thread.run_sync(function, *arguments, limiter=self._threads, abandon_on_cancel=True)

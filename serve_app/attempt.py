@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 WhyStopped = Literal["cancelled", "lost", "drained"]
 
-_PAUSE_S = 0.5  # a part that is not there fails at once, and would use up all attempts
+_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
 # What is no fault of the replica that met it: another would fail in the same way.
 _PERMANENT = (InvalidRequest, GenerationFailed)
 
@@ -59,12 +59,14 @@ class Attempt:
     async def _work(self) -> None:
         job, jobs = self.job, self._tools.jobs
         try:
-            await self._make()
+            await self._make_or_retry()
         except asyncio.CancelledError:
             if self._why_stopped == "cancelled":
                 await jobs.cancelled(job.id, job.fence)
             elif self._why_stopped == "drained":
                 await jobs.release(job.id, job.fence)
+            elif self._why_stopped is None:  # not by us: the call was cancelled on its way
+                await jobs.retry(job.id, job.fence, "its work was cancelled from outside")
         except UnreadableTrajectory as error:
             logger.warning("checkpoint cannot be used: job=%s error=%s", job.id, error)
             await jobs.save_checkpoint(job.id, job.fence, None, 0)
@@ -72,10 +74,18 @@ class Attempt:
         except _PERMANENT as error:
             logger.info("job failed: job=%s error=%s", job.id, error)
             await jobs.fail(job.id, job.fence, _code(error), str(error))
+
+    async def _make_or_retry(self) -> None:
+        try:
+            await self._make()
+        except (UnreadableTrajectory, *_PERMANENT):
+            raise
         except Exception as error:
+            job = self.job
             logger.warning("attempt failed: job=%s fence=%d error=%r", job.id, job.fence, error)
-            await asyncio.sleep(_PAUSE_S)
-            await jobs.retry(job.id, job.fence, str(error))
+            # A replica that is broken says no at once, and is replaced after some seconds.
+            await asyncio.sleep(min(_MAX_PAUSE_S, _PAUSE_S * 16**job.attempts))
+            await self._tools.jobs.retry(job.id, job.fence, str(error))
 
     async def _make(self) -> None:
         job = self.job
@@ -106,7 +116,7 @@ class Attempt:
         files = rendered.by_variant()
         if await self._patiently(lambda: self._complete(files)):
             await self._tools.artifacts.delete(self._trajectory)
-        else:  # somebody else has it now, or it was cancelled: these files are nobody's
+        elif not await self._tools.jobs.names_prefix(self._folder):  # it was cancelled, or is somebody else's now
             await self._tools.artifacts.delete_prefix(f"{self._folder}/")
 
     async def _keep_preview(self, preview: PreviewPicture) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, PreviewPicture, Progress, Rendered
-from serve_app.remote import plain_errors
+from serve_app.remote import finished, plain_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,5 +37,5 @@ class Chain:
             stream.cancel()  # type: ignore[no-untyped-call]
         assert latents is not None
         with plain_errors("decoder"):
-            rendered: Rendered = await self.decoder.decode.remote(latents, call.params)
+            rendered: Rendered = await finished(self.decoder.decode.remote(latents, call.params))
         yield rendered

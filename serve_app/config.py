@@ -11,6 +11,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "bf16", "fp16"]
+# Serve gives a deployment up whose replicas fail to start three times: one that waits for its database does not.
+DATABASE_PATIENCE_S = 300.0
+
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -58,6 +61,8 @@ class TextEncoderConfig(Scaling):
 class DenoiserConfig(Scaling):
     """Denoisers: `max_ongoing` videos share a GPU, and `urgent_reserve` more if they are urgent.
 
+    The reserve is of a fixed number of replicas: where they are scaled, an urgent video is only the first in line.
+
     `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU.
     """
 
@@ -68,6 +73,7 @@ class DenoiserConfig(Scaling):
     dtype: Precision | None = None
     profile: Path | None = None
     checkpoint_every_s: Seconds = 5.0
+    stuck_after_s: Seconds = 300.0  # with no step done for so long, the replica is replaced
     preview_every_steps: int = Field(default=5, ge=0)
 
 

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_AT_OWNERS_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
+_BROKEN_PAUSE_S = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +88,7 @@ class Denoiser:
         self._thread = EngineThread(self._engine, self._hand_over)
         self._live: dict[str, _Live] = {}  # by engine id
         self._watch: asyncio.Task[None] | None = None
+        self._heard_s = time.monotonic()  # of the engine
 
     async def denoise(self, call: DenoiseCall, conditioning: Conditioning) -> AsyncIterator[DenoiseEvent]:
         """Progress, checkpoints and previews as they come, and the latents at the end. Closing it stops the work.
@@ -94,6 +96,9 @@ class Denoiser:
         Raises Superseded where a later attempt of the same request is here or comes, GenerationFailed,
         UnreadableTrajectory, and Unavailable where this replica cannot work.
         """
+        if self._thread.failure:
+            await asyncio.sleep(_BROKEN_PAUSE_S)  # a quick no would only draw more calls, until Serve has replaced it
+            self.check_health()
         self._supersede(call)
         live = _Live(call, asyncio.get_running_loop())
         self._live[live.engine_id] = live
@@ -104,6 +109,7 @@ class Denoiser:
             if live.why_stopped is not None:  # meanwhile, when the engine did not know it yet
                 raise live.superseded()
             every = self._config.preview_every_steps if call.previews else 0
+            self._heard_s = time.monotonic()
             self._thread.add(Request(live.engine_id, denoising, call.priority, None, call.waited_s, every))
             async for event in self._follow(live):
                 yield event
@@ -122,9 +128,11 @@ class Denoiser:
         )
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose GPU is lost."""
+        """Serve replaces a replica whose GPU is lost, or hangs."""
         if self._thread.failure:
             raise Unavailable(f"the denoiser broke down ({self._thread.failure}): it is replaced")
+        if self._live and time.monotonic() - self._heard_s > self._config.stuck_after_s:
+            raise Unavailable(f"the denoiser has not moved for {self._config.stuck_after_s:.0f} s: it is replaced")
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self._thread.close)
@@ -186,6 +194,7 @@ class Denoiser:
 
     def _hand_over(self, event: Event) -> None:
         """In the engine's thread: to the call that the event is for, if that still listens."""
+        self._heard_s = time.monotonic()
         live = self._live.get(event.id)
         if live is not None:
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError, UnreadableVideo
+from t2v_core.errors import EngineBroken, GenerationFailed, InvalidRequest, OutOfMemory, T2VError, UnreadableVideo
 
 
 class JobNotFound(T2VError):
@@ -103,6 +103,7 @@ HTTP_ANSWERS: Mapping[type[T2VError], HTTPAnswer] = {
     IdempotencyConflict: HTTPAnswer(422, "invalid_request_error", "idempotency_conflict"),
     QueueFull: HTTPAnswer(429, "rate_limit_error", "queue_full"),
     GenerationFailed: HTTPAnswer(500, "server_error", "generation_failed", is_final=True),
+    EngineBroken: HTTPAnswer(503, "server_error", "unavailable"),
     Unavailable: HTTPAnswer(503, "server_error", "unavailable"),
 }
 

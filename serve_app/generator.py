@@ -14,7 +14,7 @@ from serve_app.artifacts import ArtifactStore
 from serve_app.attempt import Attempt, Tools
 from serve_app.calls import Checkpoint, DenoiseCall, GeneratedVideo, PreviewPicture, Progress, Rendered
 from serve_app.chain import Chain
-from serve_app.config import GeneratorConfig, StorageConfig
+from serve_app.config import DATABASE_PATIENCE_S, GeneratorConfig, StorageConfig
 from serve_app.jobs import JobStore
 from serve_app.owners import this_replica
 from serve_app.sweeper import sweep
@@ -40,7 +40,12 @@ class Generator:
     ) -> None:
         self._config, self._max_jobs, self._urgent_reserve = config, max_jobs, urgent_reserve
         self._name = this_replica()
-        self._jobs = await JobStore.open(storage.database, max_attempts=config.max_attempts)
+        self._jobs = await JobStore.open(
+            storage.database,
+            max_attempts=config.max_attempts,
+            keep_ended_s=config.expires_in_s,
+            patience_s=DATABASE_PATIENCE_S,
+        )
         self._tools = Tools(
             owner=self._name,
             config=config,
@@ -51,6 +56,7 @@ class Generator:
         self._attempts: dict[str, Attempt] = {}  # by job
         self._woken = asyncio.Event()
         self._num_calls = 0
+        self._claim_lock, self._is_draining = asyncio.Lock(), False
         self._claiming = asyncio.create_task(self._repeat(self._claim, config.poll_s, self._woken))
         self._upkeep = [
             asyncio.create_task(self._repeat(self._beat, config.heartbeat_s)),
@@ -80,7 +86,9 @@ class Generator:
 
     async def __del__(self) -> None:
         """Stop claiming, let jobs end that are about to, and give the others back: they go on from where they are."""
-        self._claiming.cancel()
+        self._is_draining = True
+        async with self._claim_lock:  # jobs that are being claimed right now are ours to give back
+            self._claiming.cancel()
         attempts = list(self._attempts.values())
         tasks = [attempt.task for attempt in attempts]
         if tasks:
@@ -116,8 +124,10 @@ class Generator:
         for job_id in await self._jobs.cancel_requests(self._name):
             if job_id in self._attempts:
                 self._attempts[job_id].stop("cancelled")
-        await self._claim_up_to(self._max_jobs, urgent_only=False)
-        await self._claim_up_to(self._max_jobs + self._urgent_reserve, urgent_only=True)
+        async with self._claim_lock:
+            if not self._is_draining:
+                await self._claim_up_to(self._max_jobs, urgent_only=False)
+                await self._claim_up_to(self._max_jobs + self._urgent_reserve, urgent_only=True)
 
     async def _claim_up_to(self, bound: int, *, urgent_only: bool) -> None:
         room = bound - len(self._attempts)
@@ -126,6 +136,8 @@ class Generator:
         claimed = await self._jobs.claim(self._name, limit=room, lease_s=self._config.lease_s, urgent_only=urgent_only)
         for job in claimed:
             logger.info("job claimed: job=%s fence=%d step=%d", job.id, job.fence, job.checkpoint_step)
+            if job.id in self._attempts:  # its lease had run out, and nobody was quicker than we
+                self._attempts[job.id].stop("lost")
             attempt = self._attempts[job.id] = Attempt(job, self._tools)
             attempt.task.add_done_callback(partial(self._forget, attempt))
 
@@ -150,6 +162,7 @@ class Generator:
                 attempt.stop("cancelled")
 
     async def _reap(self) -> None:
+        await self._beat()  # after an outage, our own leases first
         if await self._jobs.reap():
             self._woken.set()
 

@@ -15,11 +15,11 @@ from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
 from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
-from serve_app.config import IngressConfig, KeysConfig, StorageConfig
+from serve_app.config import DATABASE_PATIENCE_S, IngressConfig, KeysConfig, StorageConfig
 from serve_app.events import Watcher
 from serve_app.jobs import JobStore
 from serve_app.owners import ray_job, this_replica
-from serve_app.remote import plain_errors
+from serve_app.remote import finished, plain_errors
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.weights import open_checkpoint, public_name
 
@@ -44,7 +44,7 @@ class Ingress:
         self._name = this_replica()
         self._app_name = serve.get_replica_context().app_name
         self._defaults = open_checkpoint(model, revision=revision).config.defaults
-        self._jobs = await JobStore.open(storage.database)
+        self._jobs = await JobStore.open(storage.database, patience_s=DATABASE_PATIENCE_S)
         self._watcher = Watcher(self._jobs)
         self._status: tuple[float, ApplicationStatusOverview | None] = (0.0, None)
         self._parts = ApiParts(
@@ -105,7 +105,7 @@ class Ingress:
 
     async def _made(self, params: GenerationParams, owners: tuple[str, ...]) -> GeneratedVideo:
         with plain_errors("generator"):
-            video: GeneratedVideo = await self._generator.generate.remote(params, owners)
+            video: GeneratedVideo = await finished(self._generator.generate.remote(params, owners))
         return video
 
     def _owned(self, caller: str | None) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """Errors of calls to other deployments, as what they are here: our own, or a part that cannot be reached."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -21,6 +23,15 @@ def plain_errors(part: str) -> Iterator[None]:
         raise Unavailable(f"the {part} failed ({_last_line(error)}): try again") from error
     except (RayError, RayServeException) as error:
         raise Unavailable(f"the {part} was lost ({type(error).__name__}): try again") from error
+
+
+async def finished(response: Any) -> Any:  # Any: what the method called gives
+    """The response's value. Cancelled, it cancels the call: awaiting a response alone would leave that to run on."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 def _last_line(error: Exception) -> str:

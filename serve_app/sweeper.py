@@ -7,17 +7,26 @@ from serve_app.jobs import JobStore
 
 logger = logging.getLogger(__name__)
 
+_FOLDERS_AT_ONCE = 500
+
 
 async def sweep(jobs: JobStore, artifacts: ArtifactStore, *, min_age_s: float) -> None:
     """Remove expired jobs with their files, and folders older than `min_age_s` that no row names.
 
     The row goes first: what is left of its files when this is cut short is found the next time.
     """
-    for job in await jobs.expired():
-        await jobs.forget(job.id)
-        await artifacts.delete_prefix(f"{job.id}/")
-        logger.info("expired: job=%s", job.id)
-    for prefix in await artifacts.prefixes(min_age_s):
-        if not await jobs.names_prefix(prefix):
-            await artifacts.delete_prefix(f"{prefix}/")
-            logger.info("swept: prefix=%s", prefix)
+    while expired := await jobs.expired():
+        for job in expired:
+            await jobs.forget(job.id)
+            await artifacts.delete_prefix(f"{job.id}/")
+            logger.info("expired: job=%s", job.id)
+    old = await artifacts.prefixes(min_age_s)
+    for start in range(0, len(old), _FOLDERS_AT_ONCE):
+        prefixes = old[start : start + _FOLDERS_AT_ONCE]
+        folders = [prefix.partition("/") for prefix in prefixes]
+        known = await jobs.get_many({job_id for job_id, _, _ in folders})
+        for prefix, (job_id, _, fence) in zip(prefixes, folders, strict=True):
+            is_needed = job_id in known and known[job_id].needs(fence)
+            if not is_needed and not await jobs.names_prefix(prefix):  # the batch was read a while ago
+                await artifacts.delete_prefix(f"{prefix}/")
+                logger.info("swept: prefix=%s", prefix)

@@ -10,6 +10,7 @@ Every message holds three things: the value, the rule it broke, and the remedy.
     │   └── UnsafeCheckpoint    a pickle holds more than tensors and plain values
     ├── GenerationFailed        the networks ran and produced nothing usable
     │   └── OutOfMemory         this device cannot hold the request
+    ├── EngineBroken            the engine failed, and not this request: another one can go on with it
     ├── InvalidProfile          a saved profile of the engine cannot be used
     ├── UnreadableTrajectory    a saved request is damaged
     └── OutputError             the video could not be written
@@ -56,6 +57,10 @@ class GenerationFailed(T2VError):
 
 class OutOfMemory(GenerationFailed):
     """The device's memory cannot hold this request."""
+
+
+class EngineBroken(T2VError):
+    """The engine failed, and not this request: another one can go on with it."""
 
 
 class InvalidProfile(T2VError):

@@ -18,6 +18,15 @@ from t2v_core.errors import InvalidRequest
 # PostgreSQL names the locks of applications by numbers; these are any that nobody else uses.
 _LOCKS = {"setup": 7_282_014, "queue": 7_282_015}
 
+# A server that vanishes without a word must not hold its clients for hours.
+_PATIENCE = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,  # ms
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
+
 _Owner = TypeVar("_Owner", bound="_OnDatabase")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -105,7 +114,9 @@ def _engine(url: str) -> AsyncEngine:
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
     if scheme in ("postgresql", "postgres") and separator:
-        return create_async_engine(f"postgresql+psycopg://{rest}", pool_pre_ping=True)
+        return create_async_engine(
+            f"postgresql+psycopg://{rest}", pool_pre_ping=True, pool_timeout=10, connect_args=_PATIENCE
+        )
     raise InvalidRequest(
         f"database {scheme}: must be sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME", param="database"
     )

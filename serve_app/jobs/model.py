@@ -84,6 +84,13 @@ class Job(NewJob):
     def is_ended(self) -> bool:
         return self.status in ENDED
 
+    def needs(self, fence: str) -> bool:
+        """Whether it is being made in its folder of this fence, or names a file there."""
+        if self.status == "in_progress" and fence == str(self.fence):
+            return True
+        paths = [self.input_path, self.checkpoint_path, self.preview_path, *(a.path for a in self.artifacts.values())]
+        return any(path is not None and path.startswith(f"{self.id}/{fence}/") for path in paths)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

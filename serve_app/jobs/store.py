@@ -4,6 +4,8 @@ A claim gives a lease and a fence number. The lease is renewed by heartbeats; wh
 queue. The fence grows with every claim and is part of every write, so that an owner that was thought dead cannot write.
 """
 
+import asyncio
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from sqlalchemy import and_, delete, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound
+from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound, Unavailable
 from serve_app.jobs.database import Database, finished, lock
 from serve_app.jobs.model import ENDED, Artifact, Heartbeat, Job, JobStatus, NewJob, Page, Progress
 from serve_app.jobs.queue import accepted_before, candidates, check_bound, enqueue, num_queued, position
@@ -20,6 +22,7 @@ from serve_app.jobs.schema import jobs, metadata, now_s
 from serve_app.jobs.transitions import Rules, change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
 from t2v_core.errors import InvalidRequest
 
+_PAUSE_S = 2.0
 _LIVE: tuple[JobStatus, ...] = ("queued", "in_progress")
 # Inside the class, `list` is its method.
 _Jobs = list[Job]
@@ -36,19 +39,29 @@ class JobStore:
         self.database, self._rules = database, rules
 
     @classmethod
-    async def open(cls, url: str, *, max_attempts: int = 3, keep_ended_s: float = 86_400.0) -> "JobStore":
+    async def open(
+        cls, url: str, *, max_attempts: int = 3, keep_ended_s: float = 86_400.0, patience_s: float = 0.0
+    ) -> "JobStore":
         """The store at "sqlite:///PATH" or "postgresql://...", with its tables made if they are not there.
 
         A job fails for good after `max_attempts` attempts without progress; one that failed or was cancelled is kept
-        for `keep_ended_s`. Raises InvalidRequest for another kind of URL.
+        for `keep_ended_s`. A database that cannot be reached is waited for, `patience_s` long. Raises InvalidRequest
+        for another kind of URL.
         """
         store = cls(Database(url), Rules(max_attempts, keep_ended_s))
+        deadline = time.monotonic() + patience_s
         try:
-            await store._make_tables()
+            while True:
+                try:
+                    await store._make_tables()
+                    return store
+                except Unavailable:
+                    if time.monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(_PAUSE_S)
         except BaseException:
             await store.close()
             raise
-        return store
 
     async def close(self) -> None:
         await self.database.close()
@@ -294,10 +307,7 @@ class JobStore:
             job = await self.get(job_id)
         except JobNotFound:
             return False
-        if job.status == "in_progress" and fence == str(job.fence):
-            return True
-        paths = [job.input_path, job.checkpoint_path, job.preview_path, *(a.path for a in job.artifacts.values())]
-        return any(path is not None and path.startswith(f"{job_id}/{fence}/") for path in paths)
+        return job.needs(fence)
 
     @finished
     async def queue_position(self, job_id: str) -> int | None:

@@ -8,7 +8,7 @@ from queue import Empty, SimpleQueue
 
 from t2v_core.engine.engine import Engine, Request
 from t2v_core.engine.events import ENDINGS, Event, Failed
-from t2v_core.errors import GenerationFailed, InvalidRequest, T2VError
+from t2v_core.errors import EngineBroken, InvalidRequest, T2VError
 from t2v_core.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class EngineThread:
         """Take a request in. Raises InvalidRequest for an id that is already here."""
         with self._lock:
             if self._is_closed:
-                raise GenerationFailed(f"request {request.id}: the engine is closed; send it to another")
+                raise EngineBroken(f"request {request.id}: the engine is closed; send it to another")
             if request.id in self._live:
                 raise InvalidRequest(f"request {request.id}: is already being denoised; use another id", param="id")
             self._live.add(request.id)
@@ -91,7 +91,7 @@ class EngineThread:
             # The caller has gone on, and without this thread all other requests would wait for ever.
             logger.exception("a request could not be taken in: id=%s", request.id)
             reason = f"request {request.id}: could not be taken in ({type(error).__name__}: {error}); prepare it anew"
-            return [Failed(request.id, GenerationFailed(reason))]
+            return [Failed(request.id, EngineBroken(reason))]
         return []
 
     def _take(self, request_id: str) -> Trajectory | None:
@@ -121,7 +121,7 @@ class EngineThread:
             logger.exception("denoising failed: requests=%d", len(self._engine))
             self.failure = f"{type(error).__name__}: {error}"
             reason = f"the denoiser broke down ({self.failure}): try again on another"
-            return self._engine.fail_all(GenerationFailed(reason))
+            return self._engine.fail_all(EngineBroken(reason))
         self.failure = None
         return events
 

@@ -12,7 +12,7 @@ import torch
 
 from t2v_core.engine import Admitted, Cancelled, Engine, EngineThread, Failed, Finished, Request, RowBudgets
 from t2v_core.engine.events import ENDINGS
-from t2v_core.errors import GenerationFailed, InvalidRequest
+from t2v_core.errors import EngineBroken, InvalidRequest
 from t2v_core.trajectory import Trajectory
 
 
@@ -102,7 +102,7 @@ def test_closing_ends_every_request_and_takes_no_more(running, prepared):
         thread.add(Request(str(seed), prepared(seed=seed, num_inference_steps=999)))
     thread.close()
     assert [events.ending_of(str(seed)) for seed in range(3)] == [Cancelled(str(seed)) for seed in range(3)]
-    with pytest.raises(GenerationFailed, match="closed"):
+    with pytest.raises(EngineBroken, match="closed"):
         thread.add(Request("late", prepared()))
     assert thread.look("0").result(1) is None
 

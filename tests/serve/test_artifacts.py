@@ -246,22 +246,31 @@ async def test_a_folder_of_more_files_than_a_page_is_removed_and_listed(place: P
 
 
 async def test_prefixes_are_the_folders_whose_newest_file_is_older(place: Place, store: ArtifactStore) -> None:
-    for path in ("video_a/1/old", "video_a/2/old", "video_a/2/new", "video_b/0/input", "video_c/7/new"):
+    a, b, c = (f"video_{letter * 32}" for letter in "abc")
+    for path in (f"{a}/1/old", f"{a}/2/old", f"{a}/2/new", f"{b}/0/input", f"{c}/7/new"):
         await store.put(path, b"1", "video/mp4")
-    for path in ("video_a/1/old", "video_a/2/old", "video_b/0/input"):
+    for path in (f"{a}/1/old", f"{a}/2/old", f"{b}/0/input"):
         place.age(path, 1000)
-    assert await store.prefixes(900) == ["video_a/1", "video_b/0"]
+    assert await store.prefixes(900) == [f"{a}/1", f"{b}/0"]
     assert await store.prefixes(1100) == []
-    assert await store.prefixes(-60) == ["video_a/1", "video_a/2", "video_b/0", "video_c/7"]
+    assert await store.prefixes(-60) == [f"{a}/1", f"{a}/2", f"{b}/0", f"{c}/7"]
+
+
+async def test_folders_of_others_are_never_swept(place: Place, store: ArtifactStore) -> None:
+    for path in ("logs/2024/january", "video_a/1/x", f"{JOB}/1/x"):
+        await store.put(path, b"1", "video/mp4")
+        place.age(path, 1000)
+    assert await store.prefixes(900) == [f"{JOB}/1"]
 
 
 async def test_sweeping_prefixes_leaves_what_is_new(place: Place, store: ArtifactStore) -> None:
-    for path in ("video_a/1/x", "video_a/10/x", "video_ab/1/x"):
+    other = f"{JOB[:-1]}e"
+    for path in (f"{JOB}/1/x", f"{JOB}/10/x", f"{other}/1/x"):
         await store.put(path, b"1", "video/mp4")
-    place.age("video_a/1/x", 1000)
+    place.age(f"{JOB}/1/x", 1000)
     for prefix in await store.prefixes(900):
         await store.delete_prefix(prefix)
-    assert place.names() == ["video_a/10/x", "video_ab/1/x"]
+    assert sorted(place.names()) == sorted([f"{JOB}/10/x", f"{other}/1/x"])
 
 
 BAD_FILES = [

@@ -1,0 +1,196 @@
+"""One attempt at a job, with a real job store and real files; the stages are stood in for, to fail as wanted."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.artifacts import ArtifactStore
+from serve_app.attempt import Attempt, Tools
+from serve_app.calls import Checkpoint, DenoiseCall, Progress, Rendered, RenderedFile
+from serve_app.config import GeneratorConfig
+from serve_app.errors import Unavailable
+from serve_app.jobs import Job, JobStore, NewJob, new_job_id
+from serve_app.sweeper import sweep
+from t2v_core.config import GenerationDefaults
+from t2v_core.errors import EngineBroken, GenerationFailed, UnreadableTrajectory
+from t2v_core.params import resolve
+
+RENDERED = Rendered(
+    RenderedFile("video.mp4", b"video", "video/mp4"),
+    RenderedFile("thumbnail.webp", b"thumbnail", "image/webp"),
+    RenderedFile("spritesheet.webp", b"sheet", "image/webp"),
+)
+OWNER = "a generator"
+
+
+class Stages:
+    """Gives these events, raises an error among them, and waits where there is a None."""
+
+    def __init__(self, *events: Any) -> None:
+        self.events = events
+        self.calls: list[DenoiseCall] = []
+        self.is_closed = False
+
+    async def run(self, call: DenoiseCall) -> AsyncGenerator[Any, None]:
+        self.calls.append(call)
+        try:
+            for event in self.events:
+                if event is None:
+                    await asyncio.sleep(3600)
+                elif isinstance(event, Exception):
+                    raise event
+                else:
+                    yield event
+        finally:
+            self.is_closed = True
+
+
+class Bench:
+    """A store, files, and attempts at the one job in it."""
+
+    def __init__(self, jobs: JobStore, folder: Path) -> None:
+        self.jobs = jobs
+        self.artifacts = ArtifactStore(str(folder / "store"))
+        self.folder = folder / "store"
+
+    async def attempt(self, stages: Stages) -> Attempt:
+        (job,) = await self.jobs.claim(OWNER, limit=1, lease_s=30)
+        config = GeneratorConfig(outage_s=5.0)
+        return Attempt(job, Tools(OWNER, config, self.jobs, self.artifacts, stages))  # type: ignore[arg-type]
+
+    async def job(self) -> Job:
+        return await self.jobs.get(self.job_id)
+
+    async def create(self) -> None:
+        params = resolve("a red circle", {"num_inference_steps": 5, "seed": 7}, GenerationDefaults())
+        names = ("negative_prompt", "width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale")
+        settings = {name: getattr(params, name) for name in (*names, "sampler", "seed")}
+        self.job_id = new_job_id()
+        new = NewJob(
+            id=self.job_id, owner="me", model="demo", prompt=params.prompt, params=settings, priority="normal",
+            metadata={}, remixed_from=None, input_path=None, idempotency_key=None, body_hash=None,
+        )  # fmt: skip
+        await self.jobs.create(new)
+
+    def files(self) -> set[str]:
+        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+async def bench(tmp_path):
+    jobs = await JobStore.open(f"sqlite:///{tmp_path / 'jobs.db'}")
+    bench = Bench(jobs, tmp_path)
+    await bench.create()
+    yield bench
+    await jobs.close()
+
+
+async def ended(attempt: Attempt) -> None:
+    await asyncio.wait_for(asyncio.wait([attempt.task]), 10)
+
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_finished_attempt_leaves_the_files_that_the_job_names_and_no_trajectory(bench: Bench):
+    attempt = await bench.attempt(Stages(Progress(1, 5, 1.0), Checkpoint(2, b"trajectory"), RENDERED))
+    await ended(attempt)
+    job = await bench.job()
+    assert job.status == "completed"
+    assert bench.files() == {artifact.path for artifact in job.artifacts.values()}
+
+
+async def test_an_attempt_goes_on_from_the_checkpoint_of_the_one_before(bench: Bench):
+    await ended(await bench.attempt(Stages(Checkpoint(3, b"where it stood"), Unavailable("the denoiser died"))))
+    job = await bench.job()
+    assert (job.status, job.resumes, job.attempts, job.checkpoint_step) == ("queued", 1, 0, 3)
+    stages = Stages(RENDERED)
+    await ended(await bench.attempt(stages))
+    assert stages.calls[0].trajectory == b"where it stood"
+    assert stages.calls[0].fence == 2
+
+
+@pytest.mark.parametrize("error", [EngineBroken("lost its GPU"), Unavailable("died"), ValueError("a bug")])
+async def test_what_is_not_the_jobs_fault_is_tried_again(bench: Bench, error: Exception):
+    await ended(await bench.attempt(Stages(error)))
+    job = await bench.job()
+    assert (job.status, job.attempts) == ("queued", 1)
+
+
+async def test_what_is_the_jobs_fault_fails_it_at_once(bench: Bench):
+    await ended(await bench.attempt(Stages(GenerationFailed("values are not finite"))))
+    job = await bench.job()
+    assert (job.status, job.error_code, job.error_message) == ("failed", "generation_failed", "values are not finite")
+
+
+async def test_a_checkpoint_that_cannot_be_used_is_forgotten(bench: Bench):
+    await ended(await bench.attempt(Stages(Checkpoint(3, b"damaged"), Unavailable("died"))))
+    await ended(await bench.attempt(Stages(UnreadableTrajectory("damaged"))))
+    job = await bench.job()
+    assert (job.status, job.checkpoint_path, job.checkpoint_step) == ("queued", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("why", "status"), [("cancelled", "cancelled"), ("drained", "queued"), ("lost", "in_progress")]
+)
+async def test_an_attempt_that_is_stopped_closes_the_stages_and_leaves_the_job_as_it_should_be(bench, why, status):
+    stages = Stages(Progress(1, 5, 1.0), None)
+    attempt = await bench.attempt(stages)
+    await asyncio.sleep(0.2)
+    attempt.stop(why)
+    await ended(attempt)
+    assert stages.is_closed
+    job = await bench.job()
+    assert (job.status, job.attempts) == (status, 0)
+
+
+async def test_an_attempt_that_is_stopped_while_it_waits_to_try_again_is_stopped_all_the_same(bench: Bench):
+    attempt = await bench.attempt(Stages(Unavailable("died")))
+    await asyncio.sleep(0.2)
+    attempt.stop("drained")
+    await ended(attempt)
+    job = await bench.job()
+    assert (job.status, job.attempts) == ("queued", 0)
+
+
+async def test_a_commit_whose_answer_is_lost_does_not_cost_the_video(bench: Bench, monkeypatch):
+    complete: Callable[..., Any] = bench.jobs.complete
+    answers = iter([True, False])
+
+    async def complete_and_lose(*args: Any, **kwargs: Any) -> bool:
+        done: bool = await complete(*args, **kwargs)
+        if next(answers):
+            raise Unavailable("the connection was lost after the commit")
+        return done
+
+    monkeypatch.setattr(bench.jobs, "complete", complete_and_lose)
+    await ended(await bench.attempt(Stages(RENDERED)))
+    job = await bench.job()
+    assert job.status == "completed"
+    assert {artifact.path for artifact in job.artifacts.values()} <= bench.files()
+
+
+async def test_a_late_attempt_leaves_the_checkpoint_that_its_successor_reads(bench: Bench):
+    late = await bench.attempt(Stages(Checkpoint(3, b"where it stood"), None))
+    await asyncio.sleep(0.2)
+    await bench.jobs.release(late.job.id, late.job.fence)  # as when its lease has run out
+    successor = await bench.attempt(Stages(None))
+    await sweep(bench.jobs, bench.artifacts, min_age_s=-60)
+    assert f"{late.job.id}/1/trajectory.safetensors" in bench.files()
+    for attempt in (late, successor):
+        attempt.stop("lost")
+        await ended(attempt)
+
+
+async def test_sweeping_leaves_what_a_job_names_and_takes_the_rest(bench: Bench):
+    await ended(await bench.attempt(Stages(RENDERED)))
+    named = bench.files()
+    stray = f"{new_job_id()}/1/video.mp4"
+    await bench.artifacts.put(stray, b"nobody's", "video/mp4")
+    await sweep(bench.jobs, bench.artifacts, min_age_s=3600)
+    assert bench.files() == named | {stray}
+    await sweep(bench.jobs, bench.artifacts, min_age_s=-60)
+    assert bench.files() == named
