@@ -34,6 +34,7 @@ class Scaling(_Section):
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: int | None = Field(default=None, ge=0)
+    dtype: Precision | None = None
     resources: dict[str, float] = Field(default_factory=dict)
     upscale_delay_s: float = Field(default=2.0, ge=0)
     downscale_delay_s: float = Field(default=60.0, ge=0)
@@ -52,7 +53,6 @@ class TextEncoderConfig(Scaling):
 
     max_ongoing: int = Field(default=64, ge=1)
     num_cpus: float = Field(default=0.2, ge=0)
-    dtype: Precision | None = None
     max_batch: int = Field(default=8, ge=1)
     batch_wait_s: float = Field(default=0.01, ge=0)
     cache_entries: int = Field(default=512, ge=1)
@@ -70,7 +70,6 @@ class DenoiserConfig(Scaling):
     urgent_reserve: int = Field(default=1, ge=0)
     num_cpus: float = Field(default=1.0, ge=0)
     num_threads: int | None = Field(default=0, ge=0)
-    dtype: Precision | None = None
     profile: Path | None = None
     checkpoint_every_s: Seconds = 5.0
     stuck_after_s: Seconds = 300.0  # with no step done for so long, the replica is replaced
@@ -83,7 +82,6 @@ class DecoderConfig(Scaling):
     max_ongoing: int = Field(default=4, ge=1)
     num_cpus: float = Field(default=0.4, ge=0)
     num_threads: int | None = Field(default=0, ge=0)
-    dtype: Precision | None = None
     encoding_threads: int = Field(default=2, ge=1)
 
 

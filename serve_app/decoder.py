@@ -7,14 +7,13 @@ from torch import Tensor
 
 from serve_app.calls import Rendered, RenderedFile
 from serve_app.config import DecoderConfig
-from serve_app.devices import claim_device
+from serve_app.devices import place
 from t2v_core import stages
 from t2v_core.media import VideoFormat
 from t2v_core.params import GenerationParams
 from t2v_core.pictures import encode_spritesheet, encode_thumbnail
-from t2v_core.pipeline import dtype_of
 from t2v_core.video import Video
-from t2v_core.weights import load_autoencoder, open_checkpoint, public_name
+from t2v_core.weights import load_autoencoder, public_name
 
 MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif"}
 
@@ -23,9 +22,7 @@ class Decoder:
     """Final latents to the files of a video."""
 
     def __init__(self, model: str, revision: str | None, config: DecoderConfig) -> None:
-        device = claim_device(config)
-        dtype = dtype_of(config.dtype, device)
-        checkpoint = open_checkpoint(model, revision=revision, half=config.dtype == "fp16")
+        checkpoint, device, dtype = place(model, revision, config)
         self._model = public_name(model)
         self._network = load_autoencoder(checkpoint, device, dtype)
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device

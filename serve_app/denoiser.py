@@ -7,11 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-import torch
-
 from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, DenoiserStatus, PreviewPicture, Progress
 from serve_app.config import DenoiserConfig
-from serve_app.devices import claim_device
+from serve_app.devices import place
 from serve_app.errors import Superseded, Unavailable
 from serve_app.owners import gone, this_replica
 from t2v_core import stages
@@ -35,13 +33,12 @@ from t2v_core.engine import (
 from t2v_core.errors import UnreadableTrajectory
 from t2v_core.guidance import Conditioning
 from t2v_core.pictures import encode_spritesheet
-from t2v_core.pipeline import dtype_of
 from t2v_core.schedule import Schedule
 from t2v_core.shapes import VideoShape
 from t2v_core.trajectory import Trajectory
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights import Checkpoint as Weights
-from t2v_core.weights import load_autoencoder, load_unet, open_checkpoint
+from t2v_core.weights import load_autoencoder, load_unet
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +70,7 @@ class Denoiser:
 
     def __init__(self, model: str, revision: str | None, config: DenoiserConfig) -> None:
         self._config = config
-        self._device = claim_device(config)
-        self._dtype = dtype_of(config.dtype, self._device)
-        weights = open_checkpoint(model, revision=revision, half=self._dtype == torch.float16)
+        weights, self._device, self._dtype = place(model, revision, config)
         unet = load_unet(weights, self._device, self._dtype)
         self._schedule = Schedule(weights.config.schedule)
         previewer = FewFrames(load_autoencoder(weights, self._device, self._dtype))

@@ -1,14 +1,30 @@
-"""The device and the threads of a replica, from the share of a machine that it was given."""
+"""The device, the threads and the weights of a replica, from the share of a machine that it was given."""
 
 import os
+from typing import NamedTuple
 
 import torch
 
 from serve_app.config import Scaling
+from t2v_core.pipeline import dtype_of
+from t2v_core.weights import Checkpoint, open_checkpoint
 
 
-def claim_device(config: Scaling) -> torch.device:
-    """The replica's GPU or, where it was given none, the CPU, with as many threads as it may use."""
+class Placed(NamedTuple):
+    """A checkpoint, and where and in what its network is to run."""
+
+    weights: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+
+
+def place(model: str, revision: str | None, config: Scaling) -> Placed:
+    """On the replica's GPU or, where it was given none, on the CPU with as many threads as it may use.
+
+    Where half precision is enough, only half the bytes are fetched. Raises what `open_checkpoint` raises.
+    """
     threads = max(1, round(config.num_cpus)) if config.num_threads is None else config.num_threads
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return torch.device("cuda" if config.num_gpus else "cpu")
+    device = torch.device("cuda" if config.num_gpus else "cpu")
+    dtype = dtype_of(config.dtype, device)
+    return Placed(open_checkpoint(model, revision=revision, half=dtype == torch.float16), device, dtype)

@@ -7,22 +7,19 @@ from ray import serve
 from torch import Tensor, inference_mode
 
 from serve_app.config import TextEncoderConfig
-from serve_app.devices import claim_device
+from serve_app.devices import place
 from t2v_core import stages
 from t2v_core.guidance import Conditioning
 from t2v_core.params import GenerationParams
-from t2v_core.pipeline import dtype_of
 from t2v_core.text_encoder import Tokenizer
-from t2v_core.weights import load_text_encoder, open_checkpoint
+from t2v_core.weights import load_text_encoder
 
 
 class TextEncoder:
     """Prompts to text embeddings."""
 
     def __init__(self, model: str, revision: str | None, config: TextEncoderConfig) -> None:
-        device = claim_device(config)
-        dtype = dtype_of(config.dtype, device)
-        checkpoint = open_checkpoint(model, revision=revision, half=config.dtype == "fp16")
+        checkpoint, device, dtype = place(model, revision, config)
         self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
         self._network = load_text_encoder(checkpoint, device, dtype)
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
