@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig
-from t2v_core.layers import ResnetBlock, Upsample
+from t2v_core.kernels import add, group_norm
+from t2v_core.layers import ResnetBlock, Upsample, conv_frames
 from t2v_core.shapes import SPATIAL_SCALE
 
 _EPS = 1e-6
@@ -42,12 +43,12 @@ class Autoencoder(nn.Module):
     def encode(self, video: Tensor) -> Posterior:
         """The latents' distribution. video: (b, 3, f, h, w) in [-1, 1], sides multiples of 8."""
         b, _, _, h, w = video.shape
-        frames = rearrange(video, "b c f h w -> (b f) c h w")
+        frames = rearrange(video, "b c f h w -> 1 (b f) h w c")
         parts = [
-            self.quant_conv(self.encoder(_in_fast_layout(chunk)))
-            for chunk in torch.split(frames, frames_per_chunk(h, w))
+            conv_frames(self.encoder(chunk.contiguous()), self.quant_conv)
+            for chunk in torch.split(frames, frames_per_chunk(h, w), dim=1)
         ]
-        mean, log_variance = rearrange(torch.cat(parts), "(b f) c h w -> b c f h w", b=b).chunk(2, dim=1)
+        mean, log_variance = rearrange(torch.cat(parts, dim=1), "1 (b f) h w c -> b c f h w", b=b).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return Posterior(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
@@ -63,17 +64,13 @@ class Autoencoder(nn.Module):
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """Frames from their latents, at once. latents: (f, c, h, w) -> (f, 3, 8h, 8w), about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(_in_fast_layout(latents / self.config.scaling_factor)))
+        x = rearrange(latents / self.config.scaling_factor, "f c h w -> 1 f h w c").contiguous()
+        return rearrange(self.decoder(conv_frames(x, self.post_quant_conv)), "1 f h w c -> f c h w")
 
 
 def frames_per_chunk(height: int, width: int) -> int:
     """How many frames of this size, in pixels, are coded at once."""
     return max(1, _MAX_PIXELS_PER_CHUNK // (height * width))
-
-
-def _in_fast_layout(frames: Tensor) -> Tensor:
-    """With channels last in memory a CPU decodes in three quarters of the time; a GPU normalises more slowly."""
-    return frames.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else frames
 
 
 class Encoder(nn.Module):
@@ -97,11 +94,12 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (b, 3, h, w) -> (b, 2c, h / 8, w / 8)."""
-        x = self.conv_in(x)
+        """x: (b, f, h, w, 3) -> (b, f, h / 8, w / 8, 2c)."""
+        x = conv_frames(x, self.conv_in)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = group_norm(self.mid_block(x), self.conv_norm_out, over_frames=False, silu=True)
+        return conv_frames(x, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -125,11 +123,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z: (b, c, h, w) -> (b, 3, 8h, 8w)."""
-        x = self.mid_block(self.conv_in(z))
+        """z: (b, f, h, w, c) -> (b, f, 8h, 8w, 3)."""
+        x = self.mid_block(conv_frames(z, self.conv_in))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return conv_frames(group_norm(x, self.conv_norm_out, over_frames=False, silu=True), self.conv_out)
 
 
 class _DownBlock(nn.Module):
@@ -154,7 +152,7 @@ class _UpBlock(nn.Module):
         for resnet in self.resnets:
             x = resnet(x)
         for upsample in self.upsamplers:
-            x = upsample(x, (2 * x.shape[-2], 2 * x.shape[-1]))
+            x = upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
         return x
 
 
@@ -183,9 +181,11 @@ class _PixelAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        b, _, h, _, _ = x.shape
+        tokens = group_norm(x, self.group_norm, over_frames=False, silu=False)
+        tokens = rearrange(tokens, "b f h w c -> (b f) 1 (h w) c")
         out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out(out), "b 1 (h w) c -> b c h w", h=x.shape[-2])
+        return add(x, rearrange(self.to_out(out), "(b f) 1 (h w) c -> b f h w c", b=b, h=h))
 
 
 class _Downsample(nn.Module):
@@ -196,4 +196,4 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return conv_frames(F.pad(x, (0, 0, 0, 1, 0, 1)), self.conv)

@@ -67,7 +67,7 @@ def predict_eps(unet: UNet3D, latents: Tensor, timesteps: Tensor, conditioning: 
     latents: (b, c, f, h, w); timesteps: (b,). The network runs in its own precision; the result has the latents'.
     """
     rows, guided = conditioning.rows, conditioning.guided
-    out = unet(latents[rows].to(conditioning.dtype), timesteps[rows], conditioning.text).to(latents.dtype)
+    out = unet(latents.to(conditioning.dtype), timesteps, conditioning.text, rows).to(latents.dtype)
     eps, eps_uncond = out[: len(latents)], out[len(latents) :]
     if len(guided):
         eps[guided] = eps_uncond + conditioning.scales.to(eps) * (eps[guided] - eps_uncond)

@@ -1,14 +1,15 @@
 """The denoiser: a UNet over space whose every layer is followed by one over time (ModelScope, Wang et al. 2023)."""
 
 from collections.abc import Mapping
-from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import UNetConfig
+from t2v_core.kernels import group_norm
 from t2v_core.layers import (
     Downsample,
     KeysValues,
@@ -18,17 +19,43 @@ from t2v_core.layers import (
     TemporalTransformer,
     TimestepEmbedding,
     Upsample,
-    each_frame,
+    conv_frames,
     sinusoidal_embedding,
 )
 
 TextKeysValues = Mapping[nn.Module, KeysValues]  # of each spatial transformer
+
+
+class _Steering(NamedTuple):
+    """What steers a call, beside the latents.
+
+    time: (rows, c) of each residual block; text: of each spatial transformer;
+    rows: which sample each row belongs to, where the two rows of a guided request share one; (rows,).
+    """
+
+    time: Mapping[nn.Module, Tensor]
+    text: TextKeysValues
+    rows: Tensor | None
+
+
+class NoisePredictor(Protocol):
+    """What a denoising step needs of a UNet: the network itself, or one whose calls are replayed."""
+
+    config: UNetConfig
+
+    def read_text(self, text_embeds: Tensor) -> TextKeysValues: ...
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> Tensor: ...
+
 
 _TRANSFORMER_IN_HEADS = 8  # whatever the number of channels, unlike every other transformer here
 
 
 class UNet3D(nn.Module):
     """Predicts the noise in a batch of latents."""
+
+    time_weight: Tensor | None
+    time_bias: Tensor | None
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -83,38 +110,79 @@ class UNet3D(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.register_buffer("time_weight", None, persistent=False)
+        self.register_buffer("time_bias", None, persistent=False)
 
     def read_text(self, text_embeds: Tensor) -> TextKeysValues:
         """All that the layers read in the text. It is the same at each step of a request. text_embeds: (b, n, d)."""
         readers = (module for module in self.modules() if isinstance(module, SpatialTransformer))
         return {reader: reader.keys_values(text_embeds) for reader in readers}
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor | TextKeysValues) -> Tensor:
-        """eps, the predicted noise.
+    def fuse(self) -> None:
+        """Lay the projections of the time embedding side by side, for one product. Their names stay, as parts of it."""
+        blocks = self._resnets()
+        projections = [block.time_emb_proj for block in blocks if block.time_emb_proj is not None]
+        weight, self.time_bias = self._time_projection()
+        self.time_weight = weight.detach()
+        for projection, part in zip(projections, torch.split(self.time_weight, _channels(blocks)), strict=True):
+            projection.weight = nn.Parameter(part, requires_grad=False)
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: Tensor | TextKeysValues, rows: Tensor | None = None
+    ) -> Tensor:
+        """eps, the predicted noise, one for each row of the text.
 
         latents: (b, c, f, h, w), any f, h, w >= 1; timesteps: (b,), fractional allowed;
-        text: its embeddings, (b, n, d), or what `read_text` made of them.
-        The result has the shape and the type of the latents.
+        text: its embeddings, (rows, n, d), or what `read_text` made of them;
+        rows: which of the latents each text is for, (rows,), the first b of them 0 to b - 1; None is one for each.
+        Up to the first layer that reads the text, rows of the same latents are computed once.
+        The result has the type of the latents.
         """
         if isinstance(text, Tensor):
             text = self.read_text(text)
-        time_embedding = self.time_embedding(
-            sinusoidal_embedding(timesteps, self.conv_in.out_channels).to(latents.dtype)
-        )
-        time_embedding = repeat(time_embedding, "b d -> (b f) d", f=latents.shape[2])
+        steering = _Steering(self._read_time(timesteps, latents.dtype, rows), text, rows)
 
-        x = each_frame(self.conv_in, latents)
+        x = rearrange(latents, "b c f h w -> b f h w c").contiguous()
+        x = conv_frames(x, self.conv_in)
         x = self.transformer_in(x)
 
         skips = [x]
         for block in self.down_blocks:
-            x, block_skips = block(x, time_embedding, text)
+            x, block_skips = block(x, steering)
             skips += block_skips
-        x = self.mid_block(x, time_embedding, text)
+        x = self.mid_block(x, steering)
         for block in self.up_blocks:
-            x = block(x, skips, time_embedding, text)
+            x = block(x, skips, steering)
 
-        return each_frame(lambda frames: self.conv_out(F.silu(self.conv_norm_out(frames))), x)
+        x = conv_frames(group_norm(x, self.conv_norm_out, over_frames=False, silu=True), self.conv_out)
+        return rearrange(x, "b f h w c -> b c f h w").contiguous()
+
+    def _read_time(self, timesteps: Tensor, dtype: torch.dtype, rows: Tensor | None) -> Mapping[nn.Module, Tensor]:
+        """What the time adds in each residual block, with the bias of the convolution before it."""
+        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.conv_in.out_channels).to(dtype))
+        if rows is not None:
+            embedding = embedding[rows]
+        weight, bias = self._time_projection() if self.time_weight is None else (self.time_weight, self.time_bias)
+        offsets = F.linear(F.silu(embedding), weight, bias)
+        blocks = self._resnets()
+        return dict(zip(blocks, torch.split(offsets, _channels(blocks), dim=1), strict=True))
+
+    def _time_projection(self) -> tuple[Tensor, Tensor]:
+        """Of all residual blocks: (sum of their channels, d) and (sum of their channels,)."""
+        weights, biases = [], []
+        for block in self._resnets():
+            assert block.time_emb_proj is not None
+            assert block.conv1.bias is not None
+            weights.append(block.time_emb_proj.weight)
+            biases.append(block.time_emb_proj.bias + block.conv1.bias)
+        return torch.cat(weights), torch.cat(biases)
+
+    def _resnets(self) -> list[ResnetBlock]:
+        return [module for module in self.modules() if isinstance(module, ResnetBlock)]
+
+
+def _channels(blocks: list[ResnetBlock]) -> list[int]:
+    return [block.conv1.out_channels for block in blocks]
 
 
 class _Layers(nn.Module):
@@ -141,15 +209,20 @@ class _Layers(nn.Module):
             for _ in range(num_attentions)
         )
 
-    def convolve(self, i: int, x: Tensor, time_embedding: Tensor) -> Tensor:
-        x = each_frame(partial(self.resnets[i], time_embedding=time_embedding), x)
+    def convolve(self, i: int, x: Tensor, steering: _Steering, skip: Tensor | None = None) -> Tensor:
+        time = steering.time[self.resnets[i]]
+        x = self.resnets[i](x, skip, time[: len(x)])
         return self.temp_convs[i](x)
 
-    def attend(self, i: int, x: Tensor, text: TextKeysValues) -> Tensor:
+    def attend(self, i: int, x: Tensor, steering: _Steering) -> Tensor:
         if not self.attentions:
             return x
-        x = self.attentions[i](x, text[self.attentions[i]])
+        x = self.attentions[i](x, steering.text[self.attentions[i]], self.missing_rows(x, steering))
         return self.temp_attentions[i](x)
+
+    def missing_rows(self, x: Tensor, steering: _Steering) -> Tensor | None:
+        """The rows to spread x to, where it still has one for each sample; None where it has them all."""
+        return steering.rows if steering.rows is not None and len(x) < len(steering.rows) else None
 
 
 class DownBlock(_Layers):
@@ -161,14 +234,14 @@ class DownBlock(_Layers):
         super().__init__(config, in_channels, out_channels, len(in_channels) if attention else 0)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor, time_embedding: Tensor, text: TextKeysValues) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, steering: _Steering) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
-            x = self.convolve(i, x, time_embedding)
-            x = self.attend(i, x, text)
+            x = self.convolve(i, x, steering)
+            x = self.attend(i, x, steering)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = each_frame(downsample, x)
+            x = downsample(x)
             skips.append(x)
         return x, skips
 
@@ -179,10 +252,10 @@ class MidBlock(_Layers):
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__(config, [channels, channels], channels, num_attentions=1)
 
-    def forward(self, x: Tensor, time_embedding: Tensor, text: TextKeysValues) -> Tensor:
-        x = self.convolve(0, x, time_embedding)
-        x = self.attend(0, x, text)
-        return self.convolve(1, x, time_embedding)
+    def forward(self, x: Tensor, steering: _Steering) -> Tensor:
+        x = self.convolve(0, x, steering)
+        x = self.attend(0, x, steering)
+        return self.convolve(1, x, steering)
 
 
 class UpBlock(_Layers):
@@ -194,12 +267,14 @@ class UpBlock(_Layers):
         super().__init__(config, in_channels, out_channels, len(in_channels) if attention else 0)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time_embedding: Tensor, text: TextKeysValues) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], steering: _Steering) -> Tensor:
         for i in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = self.convolve(i, x, time_embedding)
-            x = self.attend(i, x, text)
+            skip = skips.pop()
+            rows = self.missing_rows(skip, steering)
+            x = self.convolve(i, x, steering, skip if rows is None else skip[rows])
+            x = self.attend(i, x, steering)
         for upsample in self.upsamplers:
             # Not simply twice the size: a side that was odd before it was halved must meet its skip connection.
-            x = each_frame(partial(upsample, size=skips[-1].shape[-2:]), x)
+            height, width = skips[-1].shape[2:4]
+            x = upsample(x, (height, width))
         return x

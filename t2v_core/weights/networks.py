@@ -1,6 +1,6 @@
 """Networks with their weights: built without memory, checked strictly, then given the tensors as they are."""
 
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from t2v_core.weights.checkpoint import Checkpoint
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 _NUM_NAMED = 3
+
+
+@runtime_checkable
+class Fusible(Protocol):
+    """A module with several layers that can be one."""
+
+    def fuse(self) -> None: ...
 
 
 def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> UNet3D:
@@ -50,7 +57,25 @@ def _load(
     for name in tensors:
         tensors[name] = tensors[name].to(device=device, dtype=dtype)
     network.load_state_dict(tensors, assign=True)
-    return network.requires_grad_(False).eval()
+    return prepare(network)
+
+
+def prepare(network: NetworkT) -> NetworkT:
+    """The network ready to run fast, and never to be trained: in place, and the weights keep their names and values.
+
+    On a GPU, layers that can be one are fused, and kernels of convolutions laid out as its library wants them. On a
+    CPU the one gains little, and the other nothing.
+    """
+    network.requires_grad_(False).eval()
+    if next(network.parameters()).is_cuda:
+        for module in network.modules():
+            if isinstance(module, Fusible):
+                module.fuse()
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.to(memory_format=torch.channels_last)
+            if isinstance(module, nn.Conv3d):
+                module.weight.data = module.weight.to(memory_format=torch.channels_last_3d)
+    return network
 
 
 def _check(where: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

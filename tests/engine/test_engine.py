@@ -41,7 +41,7 @@ def assert_same(actual, expected):
 @pytest.fixture
 def rows_of_each_call(tiny_pipeline_float64):
     rows = []
-    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[3])))
     yield rows
     handle.remove()
 

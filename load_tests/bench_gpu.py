@@ -1,0 +1,430 @@
+r"""One step of the UNet, with guidance, and one decode on a GPU: ours beside diffusers', in time, memory and error.
+
+    python load_tests/bench_gpu.py build/gpu.json --stop-after-s 480
+    python load_tests/bench_gpu.py build/gpu.json --cases 1 --systems t2v t2v+graphs --profile
+    python load_tests/bench_gpu.py build/gpu.json --plot build/gpu.png
+    python load_tests/bench_gpu.py build/tiny.json --device cpu --tiny
+
+Systems:
+
+    diffusers           UNet3DConditionModel or AutoencoderKL in fp16, launched kernel by kernel
+    diffusers+compile   the same under torch.compile, for the very shape; the autoencoder with channels last
+    t2v                 t2v_core's network, launched kernel by kernel
+    t2v+graphs          the same behind t2v_core.graphs, which replays all but large calls; only the UNet
+
+All have the same weights, random ones of the released size, and the same inputs. Times are medians between CUDA events
+of calls that follow each other without waiting, as steps do. What depends on the prompt alone is done before, by those
+that can: ours reads the text once, diffusers' at each step. The error is ||out - reference|| / ||reference||, where the
+reference is diffusers in float32 without TF32, from the same fp16 weights and inputs.
+
+Memory is the peak in a call of what is allocated, beyond the weights and the inputs; of a graph, the peak of the first
+call, which captures it, since that much stays taken. The first call has other latents than the later ones; its time
+holds compiling or capturing, but what an earlier system of this process has loaded or compiled is there already.
+diffusers decodes all frames at once, as its pipeline does, or one by one where torch could not index them in 32 bits.
+
+The results file keeps every measurement as soon as it is made, and the next call on the same kind of machine with the
+same file makes those that are missing; failures are tried again. On a CPU, with --tiny, all but graphs and compiling
+can be tried, in float32.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_peers import CASES, TINY_CASES, Call, Case, Decode, UNetStep, Work, diffusers_version, make_work
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from t2v_core.config import ModelConfig
+from t2v_core.weights.random_init import TINY
+
+SYSTEMS = UNetStep.systems
+CASE_NAMES = tuple(case.name for case in CASES)
+
+_WARM_UP_CALLS = 3  # after the first
+_PROFILED_CALLS = 5
+_PROFILED_KERNELS, _KERNEL_NAME_WIDTH = 40, 90
+_FAILURE_WIDTH = 300
+_COLOURS = dict(zip(SYSTEMS, ("#9e9e9e", "#c58b4a", "#4a7fb5", "#c0392b"), strict=True))
+
+
+class Figures(BaseModel):
+    """What was measured of a system that worked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    error: float | None  # None where there is no reference; not a number where the result is none
+    first_call_s: float
+    min_ms: float
+    median_ms: float
+    p90_ms: float
+    video_ms: float  # median_ms by the number of videos
+    memory_bytes: int | None  # None on a CPU
+    repeats: int
+
+
+class Record(BaseModel):
+    """One system in one case: its figures, or why there are none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    machine: str
+    case: str
+    system: str
+    figures: Figures | None = None
+    failure: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.machine, self.case, self.system
+
+
+class Results(BaseModel):
+    """The results file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    records: list[Record] = []
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        return cls.model_validate_json(path.read_text())
+
+    def put(self, record: Record, path: Path) -> None:
+        """Instead of an earlier one of the same key; saved whole or not at all."""
+        self.records = [*(other for other in self.records if other.key != record.key), record]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(".partial")
+        partial_path.write_text(self.model_dump_json(indent=1))
+        partial_path.replace(path)
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.plot:
+        draw(Results.load(arguments.results)).savefig(arguments.plot, dpi=150)
+        return
+    results = Results.load(arguments.results) if arguments.results.exists() else Results()
+    bench = Bench(arguments, results)
+    cases = [case for case in (TINY_CASES if arguments.tiny else CASES) if case.name in arguments.cases]
+    try:
+        for case in cases:
+            bench.measure_case(case)
+        for case in cases if arguments.profile else ():
+            sys.stdout.write(bench.profile(case) + "\n\n")
+    except Stopped as stopped:
+        _say(f"{stopped}; call again to go on")
+    finally:
+        sys.stdout.write(report(results, bench.machine) + "\n")
+
+
+class Stopped(Exception):
+    """This process can measure no more."""
+
+
+class Bench:
+    """Measures what the results lack."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
+        self._arguments, self._results = arguments, results
+        self._stop_s = time.monotonic() + arguments.stop_after_s
+        self._device = torch.device(arguments.device)
+        self._on_gpu = self._device.type == "cuda"
+        self._dtype = torch.float16 if self._on_gpu else torch.float32
+        self._config = TINY if arguments.tiny else ModelConfig()
+        version = diffusers_version()
+        self._has_diffusers = version is not None
+        if not self._has_diffusers:
+            _say("diffusers is not installed (pip install diffusers): it is not measured, and no error is known")
+        name = torch.cuda.get_device_name(self._device) if self._on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        peer = f"diffusers {version}" if version else "no diffusers"
+        size = ", tiny" if arguments.tiny else ""
+        self.machine = f"{name}, torch {torch.__version__}, {peer}, {str(self._dtype).removeprefix('torch.')}{size}"
+        # The reference is exact in float32. Nothing else here is of that type on a GPU.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+
+    def measure_case(self, case: Case) -> None:
+        """Every system asked for that has no figures yet. Raises Stopped."""
+        done = {record.key for record in self._results.records if record.figures is not None}
+        systems = [name for name in self._systems(case) if (self.machine, case.name, name) not in done]
+        if not systems:
+            return
+        self._go_on(case.name)
+        work = make_work(self._config, case, self._device, self._dtype)
+        reference = self._reference(work, case) if self._has_diffusers else None
+        for system in systems:
+            self._go_on(f"{case.name}, {system}")
+            self._results.put(self._record(work, case, system, reference), self._arguments.results)
+
+    def profile(self, case: Case) -> str:
+        """The kernels of our network by their time in all, over a few calls. Raises Stopped."""
+        self._go_on(f"{case.name}, profile")
+        work = make_work(self._config, case, self._device, self._dtype)
+        with torch.inference_mode():
+            call = work.bind("t2v", work.build("t2v"))
+            for _ in range(_WARM_UP_CALLS):
+                call(work.latents)
+            self._wait()
+            with profile(activities=[ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU]) as profiler:
+                for _ in range(_PROFILED_CALLS):
+                    call(work.latents)
+                self._wait()
+        averages = profiler.key_averages()
+        if self._on_gpu:  # the launching calls are listed as well, as the CPU's
+            kernels = [
+                (event.self_device_time_total, event.count, event.key)
+                for event in averages
+                if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+            ]
+        else:
+            kernels = [(event.self_cpu_time_total, event.count, event.key) for event in averages]
+        return _kernel_table(f"{case.name}, t2v", kernels)
+
+    def _systems(self, case: Case) -> list[str]:
+        """Those asked for that can run here."""
+        able = Decode.systems if case.is_decode else UNetStep.systems
+        return [
+            system
+            for system in able
+            if system in self._arguments.systems
+            and (self._has_diffusers or not system.startswith("diffusers"))
+            and (self._on_gpu or "+" not in system)
+        ]
+
+    def _reference(self, work: Work, case: Case) -> Tensor | None:
+        try:
+            with torch.inference_mode():
+                return work.reference()
+        except Exception as error:  # as in _record
+            _say(f"{case.name}: no reference, so no error is known: {_first_line(error)}")
+            return None
+
+    def _record(self, work: Work, case: Case, system: str, reference: Tensor | None) -> Record:
+        record = partial(Record, machine=self.machine, case=case.name, system=system)
+        try:
+            figures = self._figures(work, case, system, reference)
+        except Exception as error:  # out of memory, what cannot be compiled: the others go on
+            _say(f"{case.name}, {system}: failed: {_first_line(error)}")
+            return record(failure=_first_line(error))
+        _say(
+            f"{case.name}, {system}: {figures.median_ms:.2f} ms ({figures.min_ms:.2f} at least, p90 "
+            f"{figures.p90_ms:.2f}), error {_error(figures)}, first call {figures.first_call_s:.1f} s"
+        )
+        return record(figures=figures)
+
+    def _figures(self, work: Work, case: Case, system: str, reference: Tensor | None) -> Figures:
+        network = work.build(system)
+        self._free()
+        weights_bytes = self._allocated_bytes()
+        with torch.inference_mode():
+            call = work.bind(system, network)
+            self._wait()
+            started = time.perf_counter()
+            call(work.latents.flip(-1))  # others than later: a graph must not replay what it was captured with
+            self._wait()
+            first_call_s = time.perf_counter() - started
+            first_peak_bytes = self._take_peak_bytes()
+            for _ in range(_WARM_UP_CALLS):
+                result = call(work.latents)
+            error = None if reference is None else relative_error(result, reference)
+            del result
+            self._wait()
+            self._take_peak_bytes()
+            times_ms = self._times_ms(call, work.latents)
+            peak_bytes = self._take_peak_bytes()
+        if system == "t2v+graphs":
+            peak_bytes = max(peak_bytes, first_peak_bytes)
+        median_ms = statistics.median(times_ms)
+        return Figures(
+            error=error,
+            first_call_s=first_call_s,
+            min_ms=min(times_ms),
+            median_ms=median_ms,
+            p90_ms=statistics.quantiles(times_ms, n=10, method="inclusive")[-1],
+            video_ms=median_ms / case.num_videos,
+            memory_bytes=peak_bytes - weights_bytes if self._on_gpu else None,
+            repeats=len(times_ms),
+        )
+
+    def _times_ms(self, call: Call, latents: Tensor) -> list[float]:
+        repeats = self._arguments.repeats
+        if not self._on_gpu:
+            marks_s = [time.perf_counter()]
+            for _ in range(repeats):
+                call(latents)
+                marks_s.append(time.perf_counter())
+            return [1000.0 * (after - before) for before, after in pairwise(marks_s)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call(latents)
+            event.record()
+        self._wait()
+        return [before.elapsed_time(after) for before, after in pairwise(events)]
+
+    def _go_on(self, what: str) -> None:
+        """Free what is left of the work before. Raises Stopped, before `what`, where the time or the device is gone."""
+        if time.monotonic() >= self._stop_s:
+            raise Stopped(f"{what}: not started, {self._arguments.stop_after_s:g} s are over")
+        try:
+            self._free()
+        except RuntimeError as error:  # after an illegal access the device answers no more, until the process ends
+            raise Stopped(f"{what}: the device is lost: {_first_line(error)}") from error
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+
+    def _free(self) -> None:
+        self._wait()
+        torch.compiler.reset()  # also its count of recompilations, which has a limit
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+    def _allocated_bytes(self) -> int:
+        if not self._on_gpu:
+            return 0
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return torch.cuda.memory_allocated(self._device)
+
+    def _take_peak_bytes(self) -> int:
+        if not self._on_gpu:
+            return 0
+        peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak_bytes
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """||result - reference|| / ||reference||. Raises ValueError where the shapes differ."""
+    if result.shape != reference.shape:
+        raise ValueError(f"the result is {tuple(result.shape)}, the reference {tuple(reference.shape)}")
+    norm = torch.linalg.vector_norm
+    return (norm(result.double() - reference.double()) / norm(reference.double())).item()
+
+
+def report(results: Results, machine: str) -> str:
+    """A table for each machine, that of `machine` last."""
+    lines = []
+    machines = {record.machine for record in results.records}
+    for name in sorted(machines, key=lambda name: (name == machine, name)):
+        records = _in_order([record for record in results.records if record.machine == name])
+        lines += [
+            "",
+            name,
+            "",
+            "| case | system | ms a step | ms a video | times ours | error | memory, GiB | first call, s |",
+            "|---|---|---|---|---|---|---|---|",
+            *(_row(record, records) for record in records),
+        ]
+    return "\n".join(lines) or "nothing was measured"
+
+
+def _row(record: Record, records: Sequence[Record]) -> str:
+    figures = record.figures
+    if figures is None:
+        return f"| {record.case} | {record.system} | failed: {record.failure} ||||||"
+    best = _our_best(record.case)
+    ours = next((other.figures for other in records if (other.case, other.system) == (record.case, best)), None)
+    ratio = "" if ours is None else f"{figures.median_ms / ours.median_ms:.2f}"
+    memory = "" if figures.memory_bytes is None else f"{figures.memory_bytes / 2**30:.2f}"
+    return (
+        f"| {record.case} | {record.system} | {figures.median_ms:.2f} | {figures.video_ms:.2f} | {ratio} "
+        f"| {_error(figures)} | {memory} | {figures.first_call_s:.1f} |"
+    )
+
+
+def draw(results: Results) -> Any:  # matplotlib's Figure, which is not imported for its type alone
+    """A row a machine, a column a case, a bar a system."""
+    from matplotlib.figure import Figure
+
+    measured = [record for record in results.records if record.figures is not None]
+    machines = list(dict.fromkeys(record.machine for record in measured))
+    names = [name for name in CASE_NAMES if any(record.case == name for record in measured)]
+    if not names:
+        raise SystemExit("the results file holds no measurements to draw")
+    figure = Figure(figsize=(1.2 + 2.2 * len(names), 0.6 + 3.4 * len(machines)), layout="constrained")
+    for part, machine in zip(figure.subfigures(len(machines), 1, squeeze=False)[:, 0], machines, strict=True):
+        part.suptitle(f"ms a video: {machine}", fontsize="medium")
+        for axes, name in zip(part.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            _draw_case(axes, name, [record for record in measured if (record.machine, record.case) == (machine, name)])
+    return figure
+
+
+def _draw_case(axes: Any, name: str, records: Sequence[Record]) -> None:
+    for record in _in_order(records):
+        assert record.figures is not None
+        bars = axes.bar(record.system, record.figures.video_ms, color=_COLOURS[record.system])
+        axes.bar_label(bars, fmt="%.3g")
+    axes.set_title(name)
+    axes.tick_params(axis="x", labelrotation=40)
+    axes.margins(y=0.15)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _kernel_table(title: str, kernels: Sequence[tuple[float, int, str]]) -> str:
+    """kernels: microseconds and launches over all profiled calls, and name."""
+    total_us, launches = sum(us for us, _, _ in kernels), sum(count for _, count, _ in kernels)
+    lines = [
+        f"{title}: {total_us / _PROFILED_CALLS / 1000:.3f} ms in {launches / _PROFILED_CALLS:.0f} kernels a call",
+        "   ms a call  share  launches  kernel",
+    ]
+    for us, count, name in sorted(kernels, reverse=True)[:_PROFILED_KERNELS]:
+        lines.append(
+            f"{us / _PROFILED_CALLS / 1000:12.4f} {us / total_us:6.1%} {count / _PROFILED_CALLS:9.4g}  "
+            f"{name[:_KERNEL_NAME_WIDTH]}"
+        )
+    return "\n".join(lines)
+
+
+def _in_order(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (CASE_NAMES.index(record.case), SYSTEMS.index(record.system)))
+
+
+def _our_best(case_name: str) -> str:
+    return next(Decode.systems[-1] if case.is_decode else SYSTEMS[-1] for case in CASES if case.name == case_name)
+
+
+def _error(figures: Figures) -> str:
+    return "unknown" if figures.error is None else f"{figures.error:.1e}"
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:_FAILURE_WIDTH].replace("|", "/")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path, help="the results file, .json; goes on with it if it is there")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and small videos, to try this out")
+    parser.add_argument("--cases", nargs="+", choices=CASE_NAMES, default=CASE_NAMES)
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=SYSTEMS, help="none: only --profile")
+    parser.add_argument("--repeats", type=int, default=30, help="of each timed call, 2 or more")
+    parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="start nothing new later")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of t2v by their time")
+    parser.add_argument("--plot", type=Path, help="only draw the results file: .png, .svg or .pdf")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

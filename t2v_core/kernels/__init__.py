@@ -1,0 +1,8 @@
+"""What the networks spend their time on beside convolutions and products: plain PyTorch, and Triton where it runs.
+
+Both have the same signatures. `ops` picks one; the plain ones are used on CPUs and in training, and say what is meant.
+"""
+
+from t2v_core.kernels.ops import add, add_layer_norm, geglu, group_norm, layer_norm, temporal_attention
+
+__all__ = ["add", "add_layer_norm", "geglu", "group_norm", "layer_norm", "temporal_attention"]

@@ -1,0 +1,66 @@
+"""The operations in plain PyTorch: on any device, in any precision, differentiable."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def group_norm(
+    x: Tensor,
+    norm: nn.GroupNorm,
+    *,
+    over_frames: bool,
+    silu: bool,
+    offset: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm (Wu and He 2018) of x + offset or, with a skip connection, of x and it side by side; then SiLU.
+
+    x: (b, f, h, w, c), skip: (b, f, h, w, c2), offset: (b or 1, c) -> (b, f, h, w, c + c2).
+    Statistics are of each frame or, with `over_frames`, of all frames together.
+    """
+    if offset is not None:
+        x = x + offset[:, None, None, None, :]
+    if skip is not None:
+        x = torch.cat([x, skip], dim=-1)
+    split, merged = ("b c f h w", "b f h w c") if over_frames else ("(b f) c h w", "b f h w c")
+    y = norm(rearrange(x, f"{merged} -> {split}"))
+    y = rearrange(y, f"{split} -> {merged}", b=len(x)).contiguous()
+    return F.silu(y) if silu else y
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm over the last dimension."""
+    return norm(x)
+
+
+def add_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x + delta, and the LayerNorm of that. The sum is written to `out`, if given, whose rows may lie apart."""
+    x = torch.add(x, delta, out=out)
+    return x, norm(x)
+
+
+def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
+    """x + delta + offset. x, delta: (..., c), offset: (c,)."""
+    return x + delta if offset is None else x + (delta + offset)
+
+
+def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
+    """A linear layer gated by the (erf) GELU of its other half (Shazeer 2020).
+
+    x: (..., d) -> (..., proj's out / 2), written to `out`, if given, whose rows may lie apart.
+    """
+    value, gate = proj(x).chunk(2, dim=-1)
+    return torch.mul(value, F.gelu(gate), out=out)
+
+
+def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention between the frames at each pixel.
+
+    qkv: (b, f, h, w, 3 heads d), queries, keys and values side by side -> (b, f, h, w, heads d).
+    """
+    b, _, h, w, _ = qkv.shape
+    q, k, v = rearrange(qkv, "b f h w (three heads d) -> three (b h w) heads f d", three=3, heads=heads)
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(attended, "(b h w) heads f d -> b f h w (heads d)", b=b, h=h, w=w).contiguous()
