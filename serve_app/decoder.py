@@ -9,6 +9,7 @@ from serve_app.calls import Rendered, RenderedFile
 from serve_app.config import DecoderConfig
 from serve_app.devices import place
 from t2v_core import stages
+from t2v_core.graphs import replay_decoder
 from t2v_core.media import VideoFormat
 from t2v_core.params import GenerationParams
 from t2v_core.pictures import encode_spritesheet, encode_thumbnail
@@ -24,7 +25,7 @@ class Decoder:
     def __init__(self, model: str, revision: str | None, config: DecoderConfig) -> None:
         checkpoint, device, dtype = place(model, revision, config)
         self._model = public_name(model)
-        self._network = load_autoencoder(checkpoint, device, dtype)
+        self._network = replay_decoder(load_autoencoder(checkpoint, device, dtype))
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device
         self._encoding = ThreadPoolExecutor(config.encoding_threads, thread_name_prefix="encode")
 

@@ -31,12 +31,13 @@ from t2v_core.engine import (
     measure,
 )
 from t2v_core.errors import UnreadableTrajectory
+from t2v_core.graphs import replay_decoder, replayed_unet
 from t2v_core.guidance import Conditioning
 from t2v_core.pictures import encode_spritesheet
 from t2v_core.schedule import Schedule
 from t2v_core.shapes import VideoShape
 from t2v_core.trajectory import Trajectory
-from t2v_core.unet3d import UNet3D
+from t2v_core.unet3d import NoisePredictor
 from t2v_core.weights import Checkpoint as Weights
 from t2v_core.weights import load_autoencoder, load_unet
 
@@ -71,9 +72,9 @@ class Denoiser:
     def __init__(self, model: str, revision: str | None, config: DenoiserConfig) -> None:
         self._config = config
         weights, self._device, self._dtype = place(model, revision, config)
-        unet = load_unet(weights, self._device, self._dtype)
+        unet = replayed_unet(load_unet(weights, self._device, self._dtype))
         self._schedule = Schedule(weights.config.schedule)
-        previewer = FewFrames(load_autoencoder(weights, self._device, self._dtype))
+        previewer = FewFrames(replay_decoder(load_autoencoder(weights, self._device, self._dtype)))
         budgets = RowBudgets(
             self._profile(unet, weights),
             free_bytes=free_memory_bytes(self._device),
@@ -132,7 +133,7 @@ class Denoiser:
     async def __del__(self) -> None:
         await asyncio.to_thread(self._thread.close)
 
-    def _profile(self, unet: UNet3D, weights: Weights) -> Profile | None:
+    def _profile(self, unet: NoisePredictor, weights: Weights) -> Profile | None:
         """Measured step times: from the file, or on the GPU now, for the checkpoint's own shape."""
         if self._config.profile is not None and self._config.profile.exists():
             return Profile.load(self._config.profile)

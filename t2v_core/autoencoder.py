@@ -12,8 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig
-from t2v_core.kernels import add, group_norm
-from t2v_core.layers import ResnetBlock, Upsample, conv_frames
+from t2v_core.layers import ResnetBlock, Sum, Upsample, conv_frames, summed_and_normed
 from t2v_core.shapes import SPATIAL_SCALE
 
 _EPS = 1e-6
@@ -36,7 +35,7 @@ class Autoencoder(nn.Module):
         self.config = config
         z = config.latent_channels
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder: nn.Module = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
 
@@ -98,7 +97,7 @@ class Encoder(nn.Module):
         x = conv_frames(x, self.conv_in)
         for block in self.down_blocks:
             x = block(x)
-        x = group_norm(self.mid_block(x), self.conv_norm_out, over_frames=False, silu=True)
+        _, x = summed_and_normed(self.mid_block(x), self.conv_norm_out, over_frames=False, silu=True)
         return conv_frames(x, self.conv_out)
 
 
@@ -127,7 +126,8 @@ class Decoder(nn.Module):
         x = self.mid_block(conv_frames(z, self.conv_in))
         for block in self.up_blocks:
             x = block(x)
-        return conv_frames(group_norm(x, self.conv_norm_out, over_frames=False, silu=True), self.conv_out)
+        _, x = summed_and_normed(x, self.conv_norm_out, over_frames=False, silu=True)
+        return conv_frames(x, self.conv_out)
 
 
 class _DownBlock(nn.Module):
@@ -136,9 +136,11 @@ class _DownBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(c, out_channels, groups=groups, eps=_EPS) for c in in_channels)
         self.downsamplers = nn.ModuleList([_Downsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
+    def forward(self, x: Tensor | Sum) -> Tensor | Sum:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for downsample in self.downsamplers:
+            x = downsample(x.total() if isinstance(x, Sum) else x)
         return x
 
 
@@ -148,10 +150,11 @@ class _UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(c, out_channels, groups=groups, eps=_EPS) for c in in_channels)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sum) -> Tensor | Sum:
         for resnet in self.resnets:
             x = resnet(x)
         for upsample in self.upsamplers:
+            x = x.total() if isinstance(x, Sum) else x
             x = upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
         return x
 
@@ -162,11 +165,12 @@ class _MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups=groups, eps=_EPS) for _ in range(2))
         self.attentions = nn.ModuleList([_PixelAttention(channels, groups=groups)] if attention else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor | Sum) -> Sum:
+        first, second = self.resnets
+        x = first(x)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        return second(x)
 
 
 class _PixelAttention(nn.Module):
@@ -180,12 +184,12 @@ class _PixelAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sum) -> Sum:
+        x, tokens = summed_and_normed(x, self.group_norm, over_frames=False, silu=False)
         b, _, h, _, _ = x.shape
-        tokens = group_norm(x, self.group_norm, over_frames=False, silu=False)
         tokens = rearrange(tokens, "b f h w c -> (b f) 1 (h w) c")
         out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return add(x, rearrange(self.to_out(out), "(b f) 1 (h w) c -> b f h w c", b=b, h=h))
+        return Sum(x, rearrange(self.to_out(out), "(b f) 1 (h w) c -> b f h w c", b=b, h=h))
 
 
 class _Downsample(nn.Module):

@@ -10,7 +10,7 @@ from t2v_core.guidance import BatchConditioning, Conditioning, predict_eps
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.samplers import Coefficients, update
 from t2v_core.trajectory import NoiseSource, Trajectory
-from t2v_core.unet3d import UNet3D
+from t2v_core.unet3d import NoisePredictor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +24,7 @@ class Denoising:
 
 @torch.inference_mode()
 @out_of_memory_explained()
-def denoise_step(unet: UNet3D, batch: Sequence[Denoising], conditioning: BatchConditioning) -> list[Denoising]:
+def denoise_step(unet: NoisePredictor, batch: Sequence[Denoising], conditioning: BatchConditioning) -> list[Denoising]:
     """Every request one step further. They share a latent shape and may differ in all else.
 
     `conditioning` is made of the requests' own, in this order. Raises OutOfMemory.

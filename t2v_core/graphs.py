@@ -1,97 +1,136 @@
-"""A UNet whose calls on a GPU are replayed from CUDA graphs, so that small batches do not wait for their launches."""
+"""Networks whose calls on a GPU are replayed from CUDA graphs, so that small batches do not wait for their launches."""
 
+import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from t2v_core.autoencoder import Autoencoder
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import LatentShape
-from t2v_core.unet3d import TextKeysValues, UNet3D
+from t2v_core.unet3d import NoisePredictor, TextKeysValues, UNet3D
 
 _WARM_UP_CALLS = 2
 _MAX_GRAPHS = 32
+_MAX_LATENTS = 16 * 16 * 32 * 32  # in all rows: what keeps a GPU busy for longer than launching takes
+_MAX_PIXELS = 2**20
+
+Sizes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
-class _Key(NamedTuple):
-    """What one graph serves."""
-
-    latents: torch.Size
-    dtype: torch.dtype
-    num_rows: int
-    num_tokens: int
+def replayed_unet(unet: UNet3D) -> NoisePredictor:
+    """The UNet itself on a CPU, and on a GPU one that gives the same with fewer launches."""
+    return GraphedUNet(unet) if next(unet.parameters()).is_cuda else unet
 
 
-@dataclass(slots=True)
-class _Captured:
-    """A graph, and where it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    latents: Tensor
-    timesteps: Tensor
-    rows: Tensor
-    text: list[Tensor]
-    text_is_of: weakref.ref[Tensor]
-    out: Tensor
+def replay_decoder(autoencoder: Autoencoder) -> Autoencoder:
+    """The same autoencoder; on a GPU, its decoder is replayed from now on."""
+    if next(autoencoder.parameters()).is_cuda:
+        autoencoder.decoder = _GraphedDecoder(autoencoder.decoder)
+    return autoencoder
 
 
 class GraphedUNet:
-    """The same predictions as the network's own. Calls up to `max_latents` in all rows are captured when first seen.
+    """The same predictions as the network's own, from graphs where a call has at most `max_latents` in all rows."""
 
-    Larger ones keep a GPU busy for longer than it takes to launch them, and are called as they are. All graphs share
-    one pool of memory, since only one runs at a time: calls must come from one thread. The least recently used of too
-    many is dropped.
-    """
-
-    def __init__(self, unet: UNet3D, *, max_latents: int = 8 * 16 * 32 * 32) -> None:
+    def __init__(self, unet: UNet3D, *, max_latents: int = _MAX_LATENTS) -> None:
         self.config = unet.config
         self._unet, self._max_latents = unet, max_latents
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: OrderedDict[_Key, _Captured] = OrderedDict()
+        self._graphs = Graphs(self._call)
+        self._readers: list[nn.Module] = []
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The network's own."""
+        return self._unet.parameters()
 
     def read_text(self, text_embeds: Tensor) -> TextKeysValues:
         """See `UNet3D.read_text`."""
         return self._unet.read_text(text_embeds)
 
-    @torch.inference_mode()
     def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> Tensor:
         """See `UNet3D.forward`. Raises OutOfMemory."""
         shape = LatentShape(*latents.shape[1:])
         if len(rows) * shape.num_frames * shape.height * shape.width > self._max_latents:
             return self._unet(latents, timesteps, text, rows)
-        tensors = [tensor for pair in text.values() for tensor in pair]
-        key = _Key(latents.shape, latents.dtype, len(rows), tensors[0].shape[2])
-        captured = self._graphs.get(key)
-        if captured is None:
-            captured = self._graphs[key] = self._capture(latents, timesteps, text, rows)
-            if len(self._graphs) > _MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        captured.latents.copy_(latents)
-        captured.timesteps.copy_(timesteps)
-        captured.rows.copy_(rows)
-        if captured.text_is_of() is not tensors[0]:
-            torch._foreach_copy_(captured.text, tensors)
-            captured.text_is_of = weakref.ref(tensors[0])
-        captured.graph.replay()
-        return captured.out.clone()  # the next replay writes there again
+        self._readers = list(text)
+        return self._graphs((latents, timesteps, rows), [tensor for pair in text.values() for tensor in pair])
+
+    def _call(self, latents: Tensor, timesteps: Tensor, rows: Tensor, *text: Tensor) -> Tensor:
+        pairs = zip(text[::2], text[1::2], strict=True)
+        return self._unet(latents, timesteps, dict(zip(self._readers, pairs, strict=True)), rows)
+
+
+class _GraphedDecoder(nn.Module):
+    """The same frames as the decoder's own, from graphs where there are at most `_MAX_PIXELS`, sides 8 times z's."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self._graphs = Graphs(decoder)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (b, f, h, w, c) -> (b, f, 8h, 8w, 3)."""
+        return self._graphs((z,)) if 64 * z[..., 0].numel() <= _MAX_PIXELS else self.decoder(z)
+
+
+@dataclass(slots=True)
+class _Captured:
+    """A graph, and where it reads and writes. `copied` are what was copied to the `kept` inputs."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    kept: list[Tensor]
+    copied: list[weakref.ref[Tensor]]
+    out: Tensor
+
+
+class Graphs:
+    """A function of tensors, captured once for each of their sizes when it first sees them, and replayed from then on.
+
+    The graphs share one pool of memory, since only one runs at a time. The least recently used of too many is dropped.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._captured: OrderedDict[Sizes, _Captured] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._lock = threading.Lock()
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> Tensor:
+        """What the function gives. `kept` inputs come after the others, and do not change while they are the same.
+
+        Raises OutOfMemory.
+        """
+        sizes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, *kept))
+        with self._lock:
+            captured = self._captured.get(sizes)
+            if captured is None:
+                captured = self._captured[sizes] = self._capture(inputs, kept)
+                if len(self._captured) > _MAX_GRAPHS:
+                    self._captured.popitem(last=False)
+            self._captured.move_to_end(sizes)
+            torch._foreach_copy_(captured.inputs, list(inputs))
+            if any(was() is not tensor for was, tensor in zip(captured.copied, kept, strict=True)):
+                torch._foreach_copy_(captured.kept, list(kept))
+                captured.copied = [weakref.ref(tensor) for tensor in kept]
+            captured.graph.replay()
+            return captured.out.clone()  # the next replay writes there again
 
     @out_of_memory_explained()
-    def _capture(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> _Captured:
-        latents, timesteps, rows = latents.clone(), timesteps.clone(), rows.clone()
-        copies = {module: (k.clone(), v.clone()) for module, (k, v) in text.items()}
-        stream = torch.cuda.Stream(latents.device)  # type: ignore[no-untyped-call]
+    def _capture(self, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> _Captured:
+        inputs, kept_copies = [tensor.clone() for tensor in inputs], [tensor.clone() for tensor in kept]
+        stream = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):  # compiles kernels and chooses algorithms, which cannot be captured
-                self._unet(latents, timesteps, copies, rows)
+                self._function(*inputs, *kept_copies)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = self._unet(latents, timesteps, copies, rows)
-        tensors = [tensor for pair in copies.values() for tensor in pair]
-        first = next(iter(text.values()))[0]
-        return _Captured(graph, latents, timesteps, rows, tensors, weakref.ref(first), out)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = self._function(*inputs, *kept_copies)
+        return _Captured(graph, inputs, kept_copies, [weakref.ref(tensor) for tensor in kept], out)

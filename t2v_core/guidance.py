@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from t2v_core.out_of_memory import out_of_memory_explained
-from t2v_core.unet3d import TextKeysValues, UNet3D
+from t2v_core.unet3d import NoisePredictor, TextKeysValues
 
 
 class Conditioning(NamedTuple):
@@ -42,7 +42,7 @@ class BatchConditioning(NamedTuple):
 
 @torch.inference_mode()
 @out_of_memory_explained()
-def condition(unet: UNet3D, conditionings: Sequence[Conditioning]) -> BatchConditioning:
+def condition(unet: NoisePredictor, conditionings: Sequence[Conditioning]) -> BatchConditioning:
     """Let the network read the texts of a batch, one conditioning a request, all of the same n.
 
     Raises OutOfMemory.
@@ -61,7 +61,7 @@ def condition(unet: UNet3D, conditionings: Sequence[Conditioning]) -> BatchCondi
     )
 
 
-def predict_eps(unet: UNet3D, latents: Tensor, timesteps: Tensor, conditioning: BatchConditioning) -> Tensor:
+def predict_eps(unet: NoisePredictor, latents: Tensor, timesteps: Tensor, conditioning: BatchConditioning) -> Tensor:
     """The guided noise prediction for each request of a batch: eps_uncond + scale (eps_cond - eps_uncond).
 
     latents: (b, c, f, h, w); timesteps: (b,). The network runs in its own precision; the result has the latents'.

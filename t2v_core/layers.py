@@ -8,15 +8,45 @@ a convolution over time is one over (f, h w) of the same memory, each pixel is a
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from t2v_core.kernels import add, add_layer_norm, geglu, group_norm, layer_norm, temporal_attention
+from t2v_core.kernels import (
+    add,
+    add_group_norm,
+    add_layer_norm,
+    geglu,
+    group_norm,
+    layer_norm,
+    temporal_attention,
+)
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class Sum(NamedTuple):
+    """x + delta + offset, not added yet: a norm that reads it does that on its way.
+
+    x, delta: (b, f, h, w, c), offset: (c,).
+    """
+
+    x: Tensor
+    delta: Tensor
+    offset: Tensor | None = None
+
+    def total(self) -> Tensor:
+        return add(*self)
+
+
+def summed_and_normed(x: Tensor | Sum, norm: nn.GroupNorm, *, over_frames: bool, silu: bool) -> tuple[Tensor, Tensor]:
+    """The sum, if it is one, and the norm of it."""
+    if isinstance(x, Sum):
+        return add_group_norm(*x, norm, over_frames=over_frames, silu=silu)
+    return x, group_norm(x, norm, over_frames=over_frames, silu=silu)
 
 
 def conv_frames(x: Tensor, conv: nn.Conv2d, *, bias: bool = True) -> Tensor:
@@ -70,19 +100,23 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, time: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Sum, skip: Tensor | None = None, time: Tensor | None = None) -> Sum:
         """x: (b, f, h, w, c), skip: more channels of the input, (b, f, h, w, c2) -> (b, f, h, w, out_channels).
 
         time: (b, out_channels), what the time embedding adds after the first convolution, that one's bias included.
         """
-        residual = group_norm(x, self.norm1, over_frames=False, silu=True, skip=skip)
+        if skip is None:
+            x, residual = summed_and_normed(x, self.norm1, over_frames=False, silu=True)
+        else:
+            x = x.total() if isinstance(x, Sum) else x
+            residual = group_norm(x, self.norm1, over_frames=False, silu=True, skip=skip)
         residual = conv_frames(residual, self.conv1, bias=False)
         if time is None:
             assert self.conv1.bias is not None
             time = self.conv1.bias[None]
         residual = group_norm(residual, self.norm2, over_frames=False, silu=True, offset=time)
         residual = conv_frames(residual, self.conv2, bias=False)
-        return add(self._shortcut(x, skip), residual, self.conv2.bias)
+        return Sum(self._shortcut(x, skip), residual, self.conv2.bias)
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if self.conv_shortcut is None:
@@ -111,15 +145,18 @@ class TemporalConvLayer(nn.Module):
         self.conv3 = conv([nn.Dropout(0.1)])
         self.conv4 = conv([nn.Dropout(0.1)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sum) -> Sum:
         """x: (b, f, h, w, c), same shape out."""
-        residual, offset = x, None
-        for norm, drop, conv in (_parts(layer) for layer in (self.conv1, self.conv2, self.conv3, self.conv4)):
-            residual = group_norm(residual, norm, over_frames=True, silu=True, offset=offset)
-            residual = conv_over_time(drop(residual), conv)
+        norm, _, conv = _parts(self.conv1)
+        x, residual = summed_and_normed(x, norm, over_frames=True, silu=True)
+        residual = conv_over_time(residual, conv)
+        for layer in (self.conv2, self.conv3, self.conv4):
             assert conv.bias is not None
             offset = conv.bias[None]
-        return add(x, residual, conv.bias)
+            norm, drop, conv = _parts(layer)
+            residual = group_norm(residual, norm, over_frames=True, silu=True, offset=offset)
+            residual = conv_over_time(drop(residual), conv)
+        return Sum(x, residual, conv.bias)
 
 
 def _parts(layer: nn.Sequential) -> tuple[nn.GroupNorm, nn.Module, nn.Conv3d]:
@@ -311,24 +348,24 @@ class SpatialTransformer(_Transformer):
         """What this layer reads in the text, (b, n, d): it does not depend on the latents."""
         return self.block.attn2.keys_values(text_embeds)
 
-    def forward(self, x: Tensor, text: KeysValues, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Sum, text: KeysValues, rows: Tensor | None = None) -> Sum:
         """x: (b, f, h, w, c), text: this layer's keys and values of it -> as x.
 
         Where several rows of text share a sample of x, `rows` says which: (b of the text,). The result has them all.
         """
-        tokens = self.proj_in(group_norm(x, self.norm, over_frames=False, silu=False))
-        tokens, attended = self.block.over_pixels(tokens, text, rows)
-        return add(x if rows is None else x[rows], self.block.feed_forward(tokens, attended, self.proj_out))
+        x, tokens = summed_and_normed(x, self.norm, over_frames=False, silu=False)
+        tokens, attended = self.block.over_pixels(self.proj_in(tokens), text, rows)
+        return Sum(x if rows is None else x[rows], self.block.feed_forward(tokens, attended, self.proj_out))
 
 
 class TemporalTransformer(_Transformer):
     """Attention between the frames at each pixel. It has no positions: order comes from the convolutions."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sum) -> Sum:
         """x: (b, f, h, w, c), same shape out. Normalisation spans all frames."""
-        tokens = self.proj_in(group_norm(x, self.norm, over_frames=True, silu=False))
-        tokens, attended = self.block.over_frames(tokens)
-        return add(x, self.block.feed_forward(tokens, attended, self.proj_out))
+        x, tokens = summed_and_normed(x, self.norm, over_frames=True, silu=False)
+        tokens, attended = self.block.over_frames(self.proj_in(tokens))
+        return Sum(x, self.block.feed_forward(tokens, attended, self.proj_out))
 
 
 class Downsample(nn.Module):

@@ -13,6 +13,7 @@ from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import GenerationDefaults
 from t2v_core.denoising import Denoising, denoise_step
 from t2v_core.errors import InvalidRequest
+from t2v_core.graphs import replay_decoder, replayed_unet
 from t2v_core.guidance import Conditioning, condition
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.params import GenerationParams, InputVideo, Settings, resolve
@@ -20,7 +21,7 @@ from t2v_core.samplers import Coefficients
 from t2v_core.schedule import Schedule
 from t2v_core.text_encoder import TextEncoder, Tokenizer
 from t2v_core.trajectory import Trajectory
-from t2v_core.unet3d import UNet3D
+from t2v_core.unet3d import NoisePredictor
 from t2v_core.video import Video
 from t2v_core.weights import (
     DEMO,
@@ -39,7 +40,7 @@ class Pipeline:
     name: str
     tokenizer: Tokenizer = field(repr=False)
     text_encoder: TextEncoder = field(repr=False)
-    unet: UNet3D = field(repr=False)
+    unet: NoisePredictor = field(repr=False)
     autoencoder: Autoencoder = field(repr=False)
     schedule: Schedule = field(repr=False)
     defaults: GenerationDefaults
@@ -130,8 +131,8 @@ def load(
         name=public_name(model),
         tokenizer=Tokenizer(checkpoint.config.text_encoder.context_length),
         text_encoder=load_text_encoder(checkpoint, torch_device, torch_dtype),
-        unet=load_unet(checkpoint, torch_device, torch_dtype),
-        autoencoder=load_autoencoder(checkpoint, torch_device, torch_dtype),
+        unet=replayed_unet(load_unet(checkpoint, torch_device, torch_dtype)),
+        autoencoder=replay_decoder(load_autoencoder(checkpoint, torch_device, torch_dtype)),
         schedule=Schedule(checkpoint.config.schedule),
         defaults=checkpoint.config.defaults,
         device=torch_device,

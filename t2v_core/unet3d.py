@@ -1,6 +1,6 @@
 """The denoiser: a UNet over space whose every layer is followed by one over time (ModelScope, Wang et al. 2023)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from t2v_core.layers import (
     KeysValues,
     ResnetBlock,
     SpatialTransformer,
+    Sum,
     TemporalConvLayer,
     TemporalTransformer,
     TimestepEmbedding,
@@ -42,6 +43,8 @@ class NoisePredictor(Protocol):
     """What a denoising step needs of a UNet: the network itself, or one whose calls are replayed."""
 
     config: UNetConfig
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def read_text(self, text_embeds: Tensor) -> TextKeysValues: ...
 
@@ -144,7 +147,7 @@ class UNet3D(nn.Module):
 
         x = rearrange(latents, "b c f h w -> b f h w c").contiguous()
         x = conv_frames(x, self.conv_in)
-        x = self.transformer_in(x)
+        x = self.transformer_in(x).total()
 
         skips = [x]
         for block in self.down_blocks:
@@ -209,16 +212,16 @@ class _Layers(nn.Module):
             for _ in range(num_attentions)
         )
 
-    def convolve(self, i: int, x: Tensor, steering: _Steering, skip: Tensor | None = None) -> Tensor:
-        time = steering.time[self.resnets[i]]
-        x = self.resnets[i](x, skip, time[: len(x)])
-        return self.temp_convs[i](x)
-
-    def attend(self, i: int, x: Tensor, steering: _Steering) -> Tensor:
-        if not self.attentions:
-            return x
-        x = self.attentions[i](x, steering.text[self.attentions[i]], self.missing_rows(x, steering))
-        return self.temp_attentions[i](x)
+    def layer(self, i: int, x: Tensor, steering: _Steering, skip: Tensor | None = None) -> Tensor:
+        """The i-th of each kind, one after the other."""
+        convolved: Sum = self.resnets[i](x, skip, steering.time[self.resnets[i]][: len(x)])
+        convolved = self.temp_convs[i](convolved)
+        if i >= len(self.attentions):
+            return convolved.total()
+        attention = self.attentions[i]
+        attended: Sum = attention(convolved, steering.text[attention], self.missing_rows(x, steering))
+        attended = self.temp_attentions[i](attended)
+        return attended.total()
 
     def missing_rows(self, x: Tensor, steering: _Steering) -> Tensor | None:
         """The rows to spread x to, where it still has one for each sample; None where it has them all."""
@@ -237,8 +240,7 @@ class DownBlock(_Layers):
     def forward(self, x: Tensor, steering: _Steering) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
-            x = self.convolve(i, x, steering)
-            x = self.attend(i, x, steering)
+            x = self.layer(i, x, steering)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -253,9 +255,7 @@ class MidBlock(_Layers):
         super().__init__(config, [channels, channels], channels, num_attentions=1)
 
     def forward(self, x: Tensor, steering: _Steering) -> Tensor:
-        x = self.convolve(0, x, steering)
-        x = self.attend(0, x, steering)
-        return self.convolve(1, x, steering)
+        return self.layer(1, self.layer(0, x, steering), steering)
 
 
 class UpBlock(_Layers):
@@ -271,8 +271,7 @@ class UpBlock(_Layers):
         for i in range(len(self.resnets)):
             skip = skips.pop()
             rows = self.missing_rows(skip, steering)
-            x = self.convolve(i, x, steering, skip if rows is None else skip[rows])
-            x = self.attend(i, x, steering)
+            x = self.layer(i, x, steering, skip if rows is None else skip[rows])
         for upsample in self.upsamplers:
             # Not simply twice the size: a side that was odd before it was halved must meet its skip connection.
             height, width = skips[-1].shape[2:4]

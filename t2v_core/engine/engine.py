@@ -21,7 +21,7 @@ from t2v_core.guidance import BatchConditioning, condition
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import LatentShape
 from t2v_core.trajectory import Trajectory
-from t2v_core.unet3d import UNet3D
+from t2v_core.unet3d import NoisePredictor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +66,7 @@ class Engine:
 
     def __init__(
         self,
-        unet: UNet3D,
+        unet: NoisePredictor,
         budgets: RowBudgets,
         *,
         previewer: Previewer | None = None,

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from t2v_core.denoising import Denoising
 from t2v_core.errors import InvalidRequest
-from t2v_core.unet3d import UNet3D
+from t2v_core.unet3d import NoisePredictor
 
 
-def check_fit(request_id: str, denoising: Denoising, unet: UNet3D) -> None:
+def check_fit(request_id: str, denoising: Denoising, unet: NoisePredictor) -> None:
     """Raises InvalidRequest for a request that was prepared for another model, device or precision, or not wholly."""
     trajectory, plan, (prompt, negative, _) = denoising.trajectory, denoising.plan, denoising.conditioning
     parameter = next(unet.parameters())

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from t2v_core.errors import InvalidProfile, OutOfMemory
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import LatentShape
-from t2v_core.unet3d import UNet3D
+from t2v_core.unet3d import NoisePredictor
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 _KNEE = 0.95  # of the best throughput: more rows only make everybody wait longer
@@ -108,8 +108,10 @@ def volume(shape: LatentShape) -> int:
     return shape.num_frames * shape.height * shape.width
 
 
-def measure(unet: UNet3D, shapes: Sequence[LatentShape], num_tokens: int = 77, rows: Sequence[int] = ROWS) -> Profile:
-    """Time the UNet on random latents, with more and more rows until memory ends or nothing more is gained."""
+def measure(
+    unet: NoisePredictor, shapes: Sequence[LatentShape], num_tokens: int = 77, rows: Sequence[int] = ROWS
+) -> Profile:
+    """Time the UNet on random latents, guided ones, with more rows until memory ends or nothing more is gained."""
     parameter = next(unet.parameters())
     measurements: list[Measurement] = []
     for shape in shapes:
@@ -130,7 +132,7 @@ def measure(unet: UNet3D, shapes: Sequence[LatentShape], num_tokens: int = 77, r
 
 
 @torch.inference_mode()
-def _measure(unet: UNet3D, shape: LatentShape, rows: int, num_tokens: int) -> Measurement | None:
+def _measure(unet: NoisePredictor, shape: LatentShape, rows: int, num_tokens: int) -> Measurement | None:
     """None where memory does not hold so many rows."""
     parameter = next(unet.parameters())
     is_cuda = parameter.is_cuda
@@ -141,17 +143,21 @@ def _measure(unet: UNet3D, shape: LatentShape, rows: int, num_tokens: int) -> Me
 
     try:
         with out_of_memory_explained():
-            latents = draw(rows, *shape)
-            timesteps = torch.full((rows,), 500.0, device=parameter.device)
+            # As many videos as may be, each with its two rows, as most requests have.
+            videos = (rows + 1) // 2
+            latents = draw(videos, *shape)
+            timesteps = torch.full((videos,), 500.0, device=parameter.device)
+            video_of_row = torch.tensor([*range(videos), *range(rows - videos)], device=parameter.device)
             text = unet.read_text(draw(rows, num_tokens, unet.config.cross_attention_dim))
             before = 0
             if is_cuda:
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_allocated(parameter.device)
                 torch.cuda.reset_peak_memory_stats(parameter.device)
-            seconds = [_seconds(lambda: unet(latents, timesteps, text), parameter.device) for _ in range(1 + _REPEATS)][
-                1:
-            ]
+            seconds = [
+                _seconds(lambda: unet(latents, timesteps, text, video_of_row), parameter.device)
+                for _ in range(1 + _REPEATS)
+            ][1:]
             peak = torch.cuda.max_memory_allocated(parameter.device) - before if is_cuda else 0
     except OutOfMemory:
         return None

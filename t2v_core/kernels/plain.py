@@ -30,6 +30,14 @@ def group_norm(
     return F.silu(y) if silu else y
 
 
+def add_group_norm(
+    x: Tensor, delta: Tensor, offset: Tensor | None, norm: nn.GroupNorm, *, over_frames: bool, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """x + delta + offset, and the GroupNorm of that; see `add` and `group_norm`."""
+    x = add(x, delta, offset)
+    return x, group_norm(x, norm, over_frames=over_frames, silu=silu)
+
+
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm over the last dimension."""
     return norm(x)

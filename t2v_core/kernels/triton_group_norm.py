@@ -4,6 +4,8 @@ A group of few values is normalised by one program, which reads it once. Else th
 the scale and shift of every channel, and one pass that applies them.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
 _WHOLE_GROUP_CHANNELS = 30  # fewer beside each other in memory are read too slowly by groups
 _TILE_VALUES = 4096
+_NUM_WARPS = 4
 _PROGRAMS = 528  # four for each processor of an H100
 
 
@@ -25,71 +28,98 @@ def group_norm(
     skip: Tensor | None = None,
 ) -> Tensor:
     """See `plain.group_norm`."""
+    return _group_norm(x, None, skip, offset, norm, over_frames=over_frames, silu=silu)[1]
+
+
+def add_group_norm(
+    x: Tensor, delta: Tensor, offset: Tensor | None, norm: nn.GroupNorm, *, over_frames: bool, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """See `plain.add_group_norm`."""
+    offset = None if offset is None else offset[None]
+    return _group_norm(x, delta, None, offset, norm, over_frames=over_frames, silu=silu)
+
+
+def _group_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    skip: Tensor | None,
+    offset: Tensor | None,
+    norm: nn.GroupNorm,
+    *,
+    over_frames: bool,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns x + delta + offset where there is a delta, or else x, and what becomes of it."""
     b, f, h, w, x_channels = x.shape
     samples, positions = (b, f * h * w) if over_frames else (b * f, h * w)
     channels = x_channels + (0 if skip is None else skip.shape[-1])
     group_channels = channels // norm.num_groups
-    out = x.new_empty(b, f, h, w, channels)
+    block_g = triton.next_power_of_2(group_channels)
     x = x.contiguous()
-    second = x if skip is None else skip.contiguous()
+    total = x if delta is None else torch.empty_like(x)
+    out = x.new_empty(b, f, h, w, channels)
+    second = next((tensor.contiguous() for tensor in (skip, delta) if tensor is not None), x)
     added = norm.weight if offset is None else offset
-    shape = (positions, x_channels, channels, norm.num_groups, norm.eps)
-    flags = {
-        "HAS_SKIP": skip is not None,
-        "HAS_OFFSET": offset is not None,
-        "SILU": silu,
-        "GROUP_CHANNELS": group_channels,
-        "BLOCK_G": triton.next_power_of_2(group_channels),
-    }
-    # An offset of one row is that of all samples; over_frames says how many samples share one else.
-    offset_stride = 0 if offset is None or len(offset) == 1 else offset.stride(0)
-    offset_share = samples // b
-    whole = triton.next_power_of_2(positions) * flags["BLOCK_G"]
+    # An offset of one row is that of all samples; else each belongs to as many of them as a video has.
+    offset_at = (0 if offset is None or len(offset) == 1 else offset.stride(0), samples // b)
+    sizes = (positions, x_channels, channels)
+    flags = {"HAS_SKIP": skip is not None, "HAS_DELTA": delta is not None}
+
+    whole = triton.next_power_of_2(positions) * block_g
     if whole <= _WHOLE_GROUP_VALUES and group_channels >= _WHOLE_GROUP_CHANNELS:
         _whole_groups[(samples, norm.num_groups)](
-            x, second, added, norm.weight, norm.bias, out, *shape, offset_stride, offset_share,
-            **flags,
+            x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
+            **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
             BLOCK_P=triton.next_power_of_2(positions),
             num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8,
         )  # fmt: skip
-        return out
+        return total, out
 
-    block_c = triton.next_power_of_2(channels)
-    block_p = max(1, _TILE_VALUES // block_c)
-    chunks = min(triton.cdiv(positions, block_p), max(1, _PROGRAMS // samples), 128)
+    block_c = _block_of_channels(x_channels, channels)
+    block_p = _TILE_VALUES // block_c
+    num_c = triton.cdiv(channels, block_c)
+    chunks = min(triton.cdiv(positions, block_p), max(1, _PROGRAMS // (samples * num_c)), 128)
     chunk = triton.cdiv(triton.cdiv(positions, chunks), block_p) * block_p
     chunks = triton.cdiv(positions, chunk)
     sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
     scales = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
-    inputs = (x, second, added)
-    _sums[(samples, chunks)](
-        *inputs, sums, positions, x_channels, channels, chunk, chunks, offset_stride, offset_share,
-        HAS_SKIP=flags["HAS_SKIP"], HAS_OFFSET=flags["HAS_OFFSET"], BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=8,
+    _sums[(num_c, chunks, samples)](
+        x, second, added, total, sums, *sizes, chunk, chunks, *offset_at,
+        **flags, HAS_OFFSET=offset is not None, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=_NUM_WARPS,
     )  # fmt: skip
     _scales[(samples, norm.num_groups)](
-        sums, added, norm.weight, norm.bias, scales, *shape, chunks, offset_stride, offset_share,
-        HAS_OFFSET=flags["HAS_OFFSET"], GROUP_CHANNELS=group_channels, BLOCK_G=flags["BLOCK_G"],
+        sums, added, norm.weight, norm.bias, scales, positions, channels, norm.eps, chunks, *offset_at,
+        HAS_OFFSET=offset is not None and delta is None, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
         BLOCK_N=triton.next_power_of_2(chunks),
         num_warps=2,
     )  # fmt: skip
-    _apply[(samples, triton.cdiv(positions, block_p))](
-        x, second, scales, out, positions, x_channels, channels,
-        HAS_SKIP=flags["HAS_SKIP"], SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=8,
+    _apply[(num_c * triton.cdiv(positions, block_p), samples)](
+        total, second, scales, out, *sizes,
+        HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=_NUM_WARPS,
     )  # fmt: skip
-    return out
+    return total, out
+
+
+def _block_of_channels(x_channels: int, channels: int) -> int:
+    """A power of two that divides both inputs' channels, so that no program has idle threads or reads both inputs."""
+    divisor = math.gcd(math.gcd(x_channels, channels), 256)
+    return divisor if divisor >= 32 else triton.next_power_of_2(channels)
 
 
 @triton.jit
-def _load(x, skip, rows, columns, mask, x_channels, channels, HAS_SKIP: tl.constexpr):
-    """Values of x and, in the channels after its own, of the skip connection, as float32."""
+def _load(x, second, rows, columns, mask, x_channels, channels, HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr):
+    """Values of x, plus those of the second input, or with them in the channels after its own, as float32."""
     rows = rows.to(tl.int64)
+    if HAS_DELTA:
+        delta = tl.load(second + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
+        return delta + tl.load(x + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_SKIP:
         skip_channels = channels - x_channels
         ours = tl.load(x + rows * x_channels + columns, mask=mask & (columns < x_channels), other=0.0)
         theirs = tl.load(
-            skip + rows * skip_channels + (columns - x_channels), mask=mask & (columns >= x_channels), other=0.0
+            second + rows * skip_channels + (columns - x_channels), mask=mask & (columns >= x_channels), other=0.0
         )
         return ours.to(tl.float32) + theirs.to(tl.float32)
     return tl.load(x + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
@@ -97,9 +127,9 @@ def _load(x, skip, rows, columns, mask, x_channels, channels, HAS_SKIP: tl.const
 
 @triton.jit
 def _whole_groups(
-    x, skip, offset, weight, bias, out, positions, x_channels, channels, num_groups, eps, offset_stride, offset_share,
-    HAS_SKIP: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
+    HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     sample, group = tl.program_id(0), tl.program_id(1)
     position = tl.arange(0, BLOCK_P)[:, None]
@@ -107,12 +137,14 @@ def _whole_groups(
     column = group * GROUP_CHANNELS + in_group
     mask = (position < positions) & (in_group < GROUP_CHANNELS)
     row = sample * positions + position
-    values = _load(x, skip, row, column, mask, x_channels, channels, HAS_SKIP)
+    values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
     if HAS_OFFSET:
         added = tl.load(
             offset + (sample // offset_share) * offset_stride + column, mask=in_group < GROUP_CHANNELS, other=0.0
         )
         values += added.to(tl.float32)
+    if HAS_DELTA:
+        tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
     count = positions * GROUP_CHANNELS
     mean = tl.sum(tl.where(mask, values, 0.0)) / count
     centred = tl.where(mask, values - mean, 0.0)
@@ -127,12 +159,13 @@ def _whole_groups(
 
 @triton.jit
 def _sums(
-    x, skip, offset, sums, positions, x_channels, channels, chunk, chunks, offset_stride, offset_share,
-    HAS_SKIP: tl.constexpr, HAS_OFFSET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, second, offset, summed, sums, positions, x_channels, channels, chunk, chunks, offset_stride, offset_share,
+    HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums and sums of squares of each channel over the positions of a chunk."""
-    sample, part = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, BLOCK_C)[None, :]
+    part, sample = tl.program_id(1), tl.program_id(2)
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     if HAS_OFFSET:
@@ -142,21 +175,25 @@ def _sums(
     for start in range(0, chunk, BLOCK_P):
         position = part * chunk + start + tl.arange(0, BLOCK_P)[:, None]
         mask = (position < positions) & (column < channels)
-        values = _load(x, skip, sample * positions + position, column, mask, x_channels, channels, HAS_SKIP)
+        row = sample * positions + position
+        values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
         if HAS_OFFSET:
             values = tl.where(mask, values + added, 0.0)
+        if HAS_DELTA:
+            tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
         total += values
         squares += values * values
-    where = sums + (sample * chunks + part) * 2 * channels + tl.arange(0, BLOCK_C)
-    is_channel = tl.arange(0, BLOCK_C) < channels
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    where = sums + (sample * chunks + part) * 2 * channels + channel
+    is_channel = channel < channels
     tl.store(where, tl.sum(total, 0), mask=is_channel)
     tl.store(where + channels, tl.sum(squares, 0), mask=is_channel)
 
 
 @triton.jit
 def _scales(
-    sums, offset, weight, bias, scales, positions, x_channels, channels, num_groups, eps, chunks, offset_stride,
-    offset_share, HAS_OFFSET: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    sums, offset, weight, bias, scales, positions, channels, eps, chunks, offset_stride, offset_share,
+    HAS_OFFSET: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What each channel is multiplied by, and what is added then."""
     sample, group = tl.program_id(0), tl.program_id(1)
@@ -182,15 +219,16 @@ def _scales(
 
 @triton.jit
 def _apply(
-    x, skip, scales, out, positions, x_channels, channels,
+    x, second, scales, out, positions, x_channels, channels,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0)
-    position = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    column = tl.arange(0, BLOCK_C)[None, :]
+    num_c = tl.cdiv(channels, BLOCK_C)
+    block, sample = tl.program_id(0), tl.program_id(1)
+    position = block // num_c * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    column = block % num_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (position < positions) & (column < channels)
     row = sample * positions + position
-    values = _load(x, skip, row, column, mask, x_channels, channels, HAS_SKIP)
+    values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
     scale = tl.load(scales + sample * 2 * channels + column, mask=column < channels, other=0.0)
     shift = tl.load(scales + sample * 2 * channels + channels + column, mask=column < channels, other=0.0)
     y = values * scale + shift

@@ -23,7 +23,7 @@ def latents_of(pipeline, prompt=PROMPT, **settings):
 
 def rows_of_each_call(pipeline, **settings):
     rows = []
-    handle = pipeline.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[3])))
     try:
         latents_of(pipeline, **settings)
     finally:

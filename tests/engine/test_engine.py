@@ -202,7 +202,7 @@ def test_a_request_that_waited_elsewhere_goes_first(tiny_pipeline_float64, prepa
 
 def fail_above(unet, max_rows, error):
     def check(_, arguments):
-        if len(arguments[0]) > max_rows:
+        if len(arguments[3]) > max_rows:
             raise error
 
     return unet.register_forward_pre_hook(check)

@@ -102,7 +102,7 @@ def test_measuring_the_real_network_stops_where_memory_ends(tiny_pipeline):
     shape = LatentShape(4, 2, 4, 4)
 
     def check(_, arguments):
-        if len(arguments[0]) > 4:
+        if len(arguments[3]) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
     handle = tiny_pipeline.unet.register_forward_pre_hook(check)

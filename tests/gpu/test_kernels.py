@@ -1,0 +1,161 @@
+"""Each Triton kernel gives what its plain PyTorch equivalent gives in float64, on random shapes and values.
+
+On a GPU, or in Triton's interpreter where TRITON_INTERPRET=1 is set before anything is imported: then without one.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t2v_core.kernels import plain
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+pytestmark = pytest.mark.skipif(
+    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+# The interpreter takes bf16 for integers where it multiplies matrices.
+HALVES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def draw(*size: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+    return torch.randn(size, dtype=dtype, device=DEVICE) + mean
+
+
+def randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 0.5, 0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+    return module.to(DEVICE, dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error.item() <= TOLERANCES[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("over_frames", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 3, 4, 5, 40), 4),
+        ((2, 3, 4, 5, 160), 4),  # groups that one program holds whole
+        ((1, 5, 16, 40, 30), 3),
+        ((1, 3, 11, 12, 320), 32),
+        ((1, 1, 1, 1, 64), 2),
+    ],
+)
+def test_group_norm(shape, groups, silu, over_frames, dtype):
+    from t2v_core.kernels import triton_group_norm as fast
+
+    x, delta = draw(*shape, dtype=dtype, mean=1.0), draw(*shape, dtype=dtype)
+    norm = randomised(nn.GroupNorm(groups, shape[-1]), dtype)
+    how = {"over_frames": over_frames, "silu": silu}
+    offsets = None, draw(shape[0], shape[-1], dtype=dtype), draw(1, shape[-1], dtype=dtype)
+    for offset in offsets:
+        actual = fast.group_norm(x, norm, **how, offset=offset)
+        exact = plain.group_norm(x.double(), norm.double(), **how, offset=None if offset is None else offset.double())
+        assert_close(actual, exact, dtype)
+        norm.to(dtype)
+    for offset in (None, draw(shape[-1], dtype=dtype)):
+        actual = fast.add_group_norm(x, delta, offset, norm, **how)
+        exact_offset = None if offset is None else offset.double()
+        exact = plain.add_group_norm(x.double(), delta.double(), exact_offset, norm.double(), **how)
+        for ours, expected in zip(actual, exact, strict=True):
+            assert_close(ours, expected, dtype)
+        norm.to(dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("over_frames", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "skip_channels", "groups", "side"),
+    [(40, 20, 4, 4), (64, 36, 4, 20), (640, 320, 32, 6), (128, 64, 4, 12)],  # where groups lie across the seam too
+)
+def test_group_norm_of_two_inputs_beside_each_other(channels, skip_channels, groups, side, over_frames, dtype):
+    from t2v_core.kernels import triton_group_norm as fast
+
+    x, skip = draw(2, 3, side, side, channels, dtype=dtype), draw(2, 3, side, side, skip_channels, dtype=dtype)
+    norm = randomised(nn.GroupNorm(groups, channels + skip_channels), dtype)
+    actual = fast.group_norm(x, norm, over_frames=over_frames, silu=True, skip=skip)
+    exact = plain.group_norm(x.double(), norm.double(), over_frames=over_frames, silu=True, skip=skip.double())
+    assert_close(actual, exact, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("channels", [40, 320, 1280])
+def test_sums_and_their_layer_norm(channels, dtype):
+    from t2v_core.kernels import triton_rows as fast
+
+    x, delta = draw(3, 5, 7, channels, dtype=dtype), draw(3, 5, 7, channels, dtype=dtype)
+    offset, norm = draw(channels, dtype=dtype), randomised(nn.LayerNorm(channels), dtype)
+    normed, (total, normed_total) = fast.layer_norm(x, norm), fast.add_layer_norm(x, delta, norm)
+    beside = torch.zeros(3, 5, 7, 2 * channels, dtype=dtype, device=DEVICE)
+    fast.add_layer_norm(x, delta, norm, out=beside[..., channels:])
+    assert_close(fast.add(x, delta, offset), x.double() + delta.double() + offset.double(), dtype)
+    norm.double()
+    assert_close(normed, plain.layer_norm(x.double(), norm), dtype)
+    exact_total, exact_normed = plain.add_layer_norm(x.double(), delta.double(), norm)
+    assert_close(total, exact_total, dtype)
+    assert_close(normed_total, exact_normed, dtype)
+    assert torch.equal(beside[..., channels:], total)
+    assert not beside[..., :channels].any()
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("num_frames", "heads", "head_dim"), [(1, 2, 16), (5, 2, 16), (16, 3, 64), (24, 1, 32), (64, 1, 64)]
+)
+def test_temporal_attention(num_frames, heads, head_dim, dtype):
+    from t2v_core.kernels import triton_temporal_attention as fast
+
+    qkv = draw(2, num_frames, 3, 5, 3 * heads * head_dim, dtype=dtype)
+    assert fast.fits(qkv, heads)
+    assert_close(fast.temporal_attention(qkv, heads), plain.temporal_attention(qkv.double(), heads), dtype)
+
+
+def test_temporal_attention_is_not_for_more_frames_than_a_program_holds():
+    from t2v_core.kernels import triton_temporal_attention as fast
+
+    assert not fast.fits(draw(1, 65, 1, 1, 3 * 64, dtype=torch.float16), heads=1)
+    assert not fast.fits(draw(1, 4, 1, 1, 3 * 48, dtype=torch.float16), heads=1)
+
+
+@pytest.mark.skipif(
+    not IS_INTERPRETED and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0)),
+    reason="needs a Hopper GPU, or TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("rows", "width", "inner"), [(100, 72, 104), (129, 320, 64), (7, 64, 136)])
+def test_geglu(rows, width, inner, dtype):
+    from t2v_core.kernels import triton_geglu as fast
+
+    x, proj = draw(rows, width, dtype=dtype), randomised(nn.Linear(width, 2 * inner), dtype)
+    assert fast.fits(x, proj)
+    actual = fast.geglu(x, proj)
+    beside = torch.zeros(rows, inner + 8, dtype=dtype, device=DEVICE)
+    fast.geglu(x, proj, out=beside[:, 8:])
+    assert_close(actual, plain.geglu(x.double(), proj.double()), dtype)
+    assert torch.equal(beside[:, 8:], actual)
+    assert not beside[:, :8].any()
+
+
+def test_geglu_is_not_for_rows_that_the_copy_engine_cannot_take():
+    from t2v_core.kernels import triton_geglu as fast
+
+    assert not fast.fits(draw(4, 68, dtype=torch.float16), nn.Linear(68, 128))
+    assert not fast.fits(draw(4, 64, dtype=torch.float16), nn.Linear(64, 2 * 100))
