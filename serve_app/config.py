@@ -15,6 +15,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DATABASE_PATIENCE_S = 300.0
 
 Seconds = Annotated[float, Field(gt=0)]
+Frames = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=8, multiple_of=8)]  # of a video, in pixels
 
 
 class _Section(BaseModel):
@@ -63,7 +65,8 @@ class DenoiserConfig(Scaling):
 
     The reserve is of a fixed number of replicas: where they are scaled, an urgent video is only the first in line.
 
-    `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU.
+    `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU. `warm_up`:
+    sizes, (num_frames, height, width), of which no request shall be the first; the model's own is always among them.
     """
 
     max_ongoing: int = Field(default=2, ge=1)
@@ -71,6 +74,7 @@ class DenoiserConfig(Scaling):
     num_cpus: float = Field(default=1.0, ge=0)
     num_threads: int | None = Field(default=0, ge=0)
     profile: Path | None = None
+    warm_up: tuple[tuple[Frames, Side, Side], ...] = ()
     checkpoint_every_s: Seconds = 5.0
     stuck_after_s: Seconds = 300.0  # with no step done for so long, the replica is replaced
     preview_every_steps: int = Field(default=5, ge=0)

@@ -29,6 +29,7 @@ from t2v_core.engine import (
     Stepped,
     free_memory_bytes,
     measure,
+    warm_up,
 )
 from t2v_core.errors import UnreadableTrajectory
 from t2v_core.graphs import replay_decoder, replayed_unet
@@ -134,16 +135,20 @@ class Denoiser:
         await asyncio.to_thread(self._thread.close)
 
     def _profile(self, unet: NoisePredictor, weights: Weights) -> Profile | None:
-        """Measured step times: from the file, or on the GPU now, for the checkpoint's own shape."""
-        if self._config.profile is not None and self._config.profile.exists():
-            return Profile.load(self._config.profile)
+        """Measured step times, from the file or on the GPU now. Either way the network is warm afterwards."""
+        path = self._config.profile
+        known = Profile.load(path) if path is not None and path.exists() else None
         if self._device.type == "cpu":
-            return None
+            return known
         defaults = weights.config.defaults
-        shape = VideoShape(defaults.num_frames, defaults.height, defaults.width).latents()
-        profile = measure(unet, [shape])
-        if self._config.profile is not None:
-            profile.save(self._config.profile)
+        sizes = [(defaults.num_frames, defaults.height, defaults.width), *self._config.warm_up]
+        shapes = [VideoShape(*size).latents() for size in dict.fromkeys(sizes)]
+        if known is not None:
+            warm_up(unet, shapes, known)
+            return known
+        profile = measure(unet, shapes)
+        if path is not None:
+            profile.save(path)
         return profile
 
     def _prepare(self, call: DenoiseCall, conditioning: Conditioning) -> Denoising:

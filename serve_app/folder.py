@@ -125,7 +125,8 @@ def _sync_folder(folder: Path) -> None:
 def _remove_tree(folder: Path) -> None:
     """Like shutil.rmtree, but others may remove from it, and add to it, at the same time."""
     for entry in list(folder.iterdir()):
-        with suppress(FileNotFoundError):
+        # Removed meanwhile, or even made again, as a folder: then somebody uses it.
+        with suppress(FileNotFoundError, IsADirectoryError):
             if entry.is_dir() and not entry.is_symlink():
                 _remove_tree(entry)
             else:

@@ -30,6 +30,7 @@ from t2v_core.demo.drawing import draw_with_paths
 from t2v_core.demo.model import CONFIG
 from t2v_core.demo.scenes import BACKWARD, training_scene
 from t2v_core.demo.training_run import Batch, LearningSchedule, TrainingRun, save_state
+from t2v_core.layers import conv_frames
 from t2v_core.schedule import Schedule
 from t2v_core.text_encoder import TextEncoder, Tokenizer
 from t2v_core.unet3d import UNet3D
@@ -135,7 +136,9 @@ def train_autoencoder(
 
 def _autoencoder_loss(autoencoder: Autoencoder, pixels: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
     dtype = autoencoder.quant_conv.weight.dtype
-    mean, log_variance = autoencoder.quant_conv(autoencoder.encoder(pixels.to(dtype))).float().chunk(2, dim=1)
+    encoded = autoencoder.encoder(rearrange(pixels.to(dtype), "b c h w -> 1 b h w c").contiguous())
+    moments = rearrange(conv_frames(encoded, autoencoder.quant_conv), "1 b h w c -> b c h w").float()
+    mean, log_variance = moments.chunk(2, dim=1)
     log_variance = log_variance.clamp(-30.0, 20.0)
     latents = mean + (0.5 * log_variance).exp() * noise
     decoded = autoencoder.decode_frames(latents.to(dtype)).float()

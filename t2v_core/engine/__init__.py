@@ -5,7 +5,7 @@ from t2v_core.engine.budgets import RowBudgets, free_memory_bytes
 from t2v_core.engine.engine import Engine, Request
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
 from t2v_core.engine.preview import FewFrames, LatentsToRGB
-from t2v_core.engine.profile import Profile, measure
+from t2v_core.engine.profile import Profile, measure, warm_up
 from t2v_core.engine.thread import EngineThread
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "Stepped",
     "free_memory_bytes",
     "measure",
+    "warm_up",
 ]

@@ -131,9 +131,22 @@ def measure(
     return Profile(device=_device_name(parameter.device), dtype=str(parameter.dtype), measurements=tuple(measurements))
 
 
+def warm_up(unet: NoisePredictor, shapes: Sequence[LatentShape], profile: Profile, num_tokens: int = 77) -> None:
+    """Call the UNet once with each number of rows that steps of these shapes will have: no request pays for the first.
+
+    It compiles what is not compiled yet and captures graphs, which `measure` does as well.
+    """
+    for shape in shapes:
+        for number in ROWS:
+            if number <= profile.best_rows(shape):
+                _measure(unet, shape, number, num_tokens, repeats=0)
+
+
 @torch.inference_mode()
-def _measure(unet: NoisePredictor, shape: LatentShape, rows: int, num_tokens: int) -> Measurement | None:
-    """None where memory does not hold so many rows."""
+def _measure(
+    unet: NoisePredictor, shape: LatentShape, rows: int, num_tokens: int, repeats: int = _REPEATS
+) -> Measurement | None:
+    """None where memory does not hold so many rows. The first call counts only where it is the only one."""
     parameter = next(unet.parameters())
     is_cuda = parameter.is_cuda
     generator = torch.Generator(parameter.device).manual_seed(0)
@@ -156,12 +169,12 @@ def _measure(unet: NoisePredictor, shape: LatentShape, rows: int, num_tokens: in
                 torch.cuda.reset_peak_memory_stats(parameter.device)
             seconds = [
                 _seconds(lambda: unet(latents, timesteps, text, video_of_row), parameter.device)
-                for _ in range(1 + _REPEATS)
-            ][1:]
+                for _ in range(1 + repeats)
+            ]
             peak = torch.cuda.max_memory_allocated(parameter.device) - before if is_cuda else 0
     except OutOfMemory:
         return None
-    return Measurement(shape=shape, rows=rows, step_s=statistics.median(seconds), memory_bytes=peak)
+    return Measurement(shape=shape, rows=rows, step_s=statistics.median(seconds[1:] or seconds), memory_bytes=peak)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

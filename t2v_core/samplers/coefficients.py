@@ -6,7 +6,7 @@ In the variance-preserving frame, x_t = alpha_t x0 + sigma_t noise, each sampler
     x_{i+1} = a_i x_i + b_i0 D_i + b_i1 D_{i-1} + b_i2 D_{i-2} + c_i noise
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -27,6 +27,14 @@ class Coefficients:
     b: Tensor
     c: Tensor
     noise_scale: float = 1.0
+    _rows: Tensor = field(init=False, repr=False)
+    _draws_noise: tuple[bool, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Made once: steps of many requests read them, while a GPU waits.
+        rows = torch.stack([self.alpha, self.sigma, self.a, *self.b.unbind(1), self.c], dim=1)
+        object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "_draws_noise", tuple((self.c != 0.0).tolist()))
 
     @property
     def num_steps(self) -> int:
@@ -34,12 +42,11 @@ class Coefficients:
 
     def draws_noise(self, step: int) -> bool:
         """Whether the sampler is stochastic at this step."""
-        return self.c[step].item() != 0.0
+        return self._draws_noise[step]
 
     def row(self, step: int) -> Tensor:
         """The scalars of one step, as `update` reads them: (7,)."""
-        parts = (self.alpha, self.sigma, self.a, *self.b.unbind(1), self.c)
-        return torch.stack([part[step] for part in parts])
+        return self._rows[step]
 
 
 def update(latents: Tensor, eps: Tensor, history: Tensor, noise: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ ALLOWED = {
     "demo": {
         "autoencoder",
         "config",
+        "layers",
         "params",
         "pictures",
         "pipeline",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2v_core.engine import Profile, RowBudgets, measure
+from t2v_core.engine import Profile, RowBudgets, measure, warm_up
 from t2v_core.engine.batching import Demand, Group
 from t2v_core.engine.profile import Measurement
 from t2v_core.errors import InvalidProfile, OutOfMemory
@@ -114,6 +114,22 @@ def test_measuring_the_real_network_stops_where_memory_ends(tiny_pipeline):
     assert (profile.device, profile.dtype) == ("cpu", "torch.float32")
     assert profile.knee(shape) in (1, 4)
     assert RowBudgets(profile).step_s(shape, 1) > 0
+
+
+def test_warming_up_calls_the_network_with_the_rows_that_steps_will_have(tiny_pipeline):
+    shape, calls = LatentShape(4, 2, 4, 4), []
+    measurements = tuple(
+        Measurement(shape=shape, rows=rows, step_s=step_s, memory_bytes=0)
+        for rows, step_s in ((1, 1.0), (2, 1.5), (4, 2.0), (6, 9.0))
+    )
+    handle = tiny_pipeline.unet.register_forward_pre_hook(
+        lambda _, arguments: calls.append((len(arguments[0]), len(arguments[3])))
+    )
+    try:
+        warm_up(tiny_pipeline.unet, [shape], Profile(device="cpu", dtype="", measurements=measurements))
+    finally:
+        handle.remove()
+    assert calls == [(1, 1), (1, 2), (2, 4)]  # videos, and rows of both their texts
 
 
 def test_a_shape_of_which_no_row_fits_is_an_error(tiny_pipeline):
