@@ -216,7 +216,7 @@ def train_denoiser(
         x, t, ids, noise, weight, path = batch
         text_embeds = text_encoder(ids)
         eps = unet(x.to(text_embeds.dtype), t, text_embeds).float()
-        seen = path_head(reduce(middle.pop(), "b c f h w -> b f c", "mean")).float()
+        seen = path_head(reduce(middle.pop(), "b f h w c -> b f c", "mean")).float()
         return (weight * (eps - noise).square()).mean() + recipe.path_weight * F.mse_loss(seen, path)
 
     schedule = LearningSchedule(recipe.steps, recipe.learning_rate, recipe.warmup_steps, recipe.ema_decay)
