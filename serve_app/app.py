@@ -24,7 +24,7 @@ _SQLITE = "sqlite:///"
 
 def build(args: AppConfig) -> Application:
     """The service as Ray Serve runs it: `serve run --name t2v serve_app.app:build model=demo`, or in a config file."""
-    config, storage = args, _anchored(args)
+    config, storage, webhooks = args, _anchored(args), args.webhooks.with_secret()
     weights = config.model, config.revision
     reserve = config.denoiser.urgent_reserve
     text_encoder = _deployed(TextEncoder, _scaled(config.text_encoder), config).bind(*weights, config.text_encoder)
@@ -32,10 +32,10 @@ def build(args: AppConfig) -> Application:
     decoder = _deployed(Decoder, _scaled(config.decoder), config).bind(*weights, config.decoder)
     stages = text_encoder, denoiser, decoder
     generator = _deployed(Generator, _fixed(config.generator, config.ingress.max_ongoing), config).bind(
-        config.generator, storage, config.jobs_per_generator, reserve, *stages
+        config.generator, storage, webhooks, config.jobs_per_generator, reserve, *stages
     )
     ingress = _deployed(serve.ingress()(Ingress), _fixed(config.ingress, config.ingress.max_ongoing), config)
-    return ingress.bind(config.ingress, storage, config.keys, *weights, generator)
+    return ingress.bind(config.ingress, storage, config.keys, webhooks, *weights, generator)
 
 
 def _deployed(cls: type, options: dict[str, Any], config: AppConfig) -> Deployment:

@@ -48,6 +48,21 @@ def serve(
         _serve(console, app_config, host, port, first_prompt, first_output, once)
 
 
+@app.command("webhook-secret")
+def webhook_secret(
+    owner: Annotated[str, typer.Argument(help='Name of the API key, or "local" where the service has no keys.')],
+    config: Annotated[Path, typer.Option(help="The YAML file that the service is started with.")],
+) -> None:
+    """Print the secret with which that key's webhooks are signed, for whoever receives them."""
+    with errors_explained(Console(stderr=True)):
+        from serve_app.webhooks import signing_secret
+
+        secret = _app_config(config, None).webhooks.with_secret().secret
+        if secret is None:
+            raise InvalidRequest(f"config {config}: has no webhooks.secret; set one first", param="config")
+        typer.echo(signing_secret(secret, owner))
+
+
 def _serve(
     console: Console,
     config: "AppConfig",

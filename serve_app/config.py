@@ -10,9 +10,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from t2v_core.errors import InvalidRequest
+
 Precision = Literal["fp32", "bf16", "fp16"]
 # Serve gives a deployment up whose replicas fail to start three times: one that waits for its database does not.
 DATABASE_PATIENCE_S = 300.0
+_MIN_SECRET = 16
 
 Seconds = Annotated[float, Field(gt=0)]
 Frames = Annotated[int, Field(ge=1)]
@@ -127,6 +130,40 @@ class KeysConfig(_Section):
     keys: str | None = Field(default=None, repr=False)
 
 
+class WebhooksConfig(_Section):
+    """Who is told that a video has ended. Without a secret, no request may name a webhook_url.
+
+    `secret`, or the one in `secret_file`, signs: each key's messages with a secret of its own that is made of it, which
+    `t2v webhook-secret NAME` prints.
+    `allow_private` is for trials: this machine and private networks are told as well, and by http. A message that does
+    not arrive is sent again after each of `retry_delays_s`, and then given up.
+    """
+
+    secret: str | None = Field(default=None, repr=False, min_length=_MIN_SECRET)
+    secret_file: Path | None = None
+    allow_private: bool = False
+    timeout_s: Seconds = 10.0
+    retry_delays_s: tuple[Seconds, ...] = (5, 60, 300, 1_800, 7_200, 18_000, 36_000, 86_400)
+    look_every_s: Seconds = 1.0
+
+    def with_secret(self) -> Self:
+        """The same with the file's secret. Raises InvalidRequest where that cannot be read, or is too short."""
+        if self.secret_file is None:
+            return self
+        try:
+            secret = self.secret_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(
+                f"webhooks.secret_file {self.secret_file}: cannot be read ({error})", param="webhooks"
+            ) from error
+        if len(secret) < _MIN_SECRET:
+            raise InvalidRequest(
+                f"webhooks.secret_file {self.secret_file}: holds {len(secret)} characters; write {_MIN_SECRET} or more",
+                param="webhooks",
+            )
+        return self.model_copy(update={"secret": secret})
+
+
 class StorageConfig(_Section):
     """Where jobs and videos are kept. A relative path is taken from where the service is started."""
 
@@ -142,6 +179,7 @@ class AppConfig(_Section):
     revision: str | None = None
     storage: StorageConfig = StorageConfig()
     keys: KeysConfig = KeysConfig()
+    webhooks: WebhooksConfig = WebhooksConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     decoder: DecoderConfig = DecoderConfig()

@@ -14,14 +14,16 @@ from serve_app.artifacts import ArtifactStore
 from serve_app.attempt import Attempt, Tools
 from serve_app.calls import Checkpoint, DenoiseCall, GeneratedVideo, PreviewPicture, Progress, Rendered
 from serve_app.chain import Chain
-from serve_app.config import DATABASE_PATIENCE_S, GeneratorConfig, StorageConfig
-from serve_app.jobs import JobStore
+from serve_app.config import DATABASE_PATIENCE_S, GeneratorConfig, StorageConfig, WebhooksConfig
+from serve_app.jobs import JobStore, Outbox
 from serve_app.owners import this_replica
 from serve_app.sweeper import sweep
+from serve_app.webhooks import Deliverer
 from t2v_core.params import GenerationParams
 
 logger = logging.getLogger(__name__)
 
+_TOLD_FOR_S = 7 * 86_400.0  # how long it is kept who was told of what
 _SWEPT_AFTER_S = 60.0  # beside two leases: what an attempt has written, but not yet named, must stay
 
 
@@ -32,6 +34,7 @@ class Generator:
         self,
         config: GeneratorConfig,
         storage: StorageConfig,
+        webhooks: WebhooksConfig,
         max_jobs: int,
         urgent_reserve: int,
         text_encoder: "DeploymentHandle[Any]",
@@ -58,7 +61,10 @@ class Generator:
         self._num_calls = 0
         self._claim_lock, self._is_draining = asyncio.Lock(), False
         self._claiming = asyncio.create_task(self._repeat(self._claim, config.poll_s, self._woken))
+        self._outbox = Outbox(self._jobs.database)
+        self._deliverer = Deliverer(self._outbox, webhooks)
         self._upkeep = [
+            asyncio.create_task(self._repeat(self._deliverer.begin_due, webhooks.look_every_s)),
             asyncio.create_task(self._repeat(self._beat, config.heartbeat_s)),
             asyncio.create_task(self._repeat(self._reap, config.lease_s / 2)),
             asyncio.create_task(self._repeat(self._sweep, config.sweep_every_s)),
@@ -99,6 +105,7 @@ class Generator:
             await asyncio.wait(tasks, timeout=self._config.lease_s)
         for loop in self._upkeep:
             loop.cancel()
+        await self._deliverer.close()
         await self._jobs.close()
 
     async def _generate(
@@ -168,6 +175,7 @@ class Generator:
 
     async def _sweep(self) -> None:
         await sweep(self._jobs, self._tools.artifacts, min_age_s=2 * self._config.lease_s + _SWEPT_AFTER_S)
+        await self._outbox.forget(_TOLD_FOR_S)
 
     async def _repeat(
         self, action: Callable[[], Awaitable[None]], every_s: float, woken: asyncio.Event | None = None

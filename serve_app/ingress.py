@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, Unpack, cast
 
 from fastapi import FastAPI
@@ -15,11 +16,12 @@ from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
 from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
-from serve_app.config import DATABASE_PATIENCE_S, IngressConfig, KeysConfig, StorageConfig
+from serve_app.config import DATABASE_PATIENCE_S, IngressConfig, KeysConfig, StorageConfig, WebhooksConfig
 from serve_app.events import Watcher
 from serve_app.jobs import JobStore
 from serve_app.owners import ray_job, this_replica
 from serve_app.remote import finished, plain_errors
+from serve_app.webhooks import check_url
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.weights import open_checkpoint, public_name
 
@@ -36,6 +38,7 @@ class Ingress:
         config: IngressConfig,
         storage: StorageConfig,
         keys: KeysConfig,
+        webhooks: WebhooksConfig,
         model: str,
         revision: str | None,
         generator: "DeploymentHandle[Any]",
@@ -63,6 +66,7 @@ class Ingress:
             generate=self._finish,
             wake=self._wake,
             is_ready=self._is_ready,
+            check_webhook=partial(check_url, config=webhooks),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

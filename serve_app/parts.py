@@ -40,7 +40,8 @@ class ApiParts:
     """`models`: ids that are served; the first is the default. `defaults` are its checkpoint's.
 
     `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
-    a cancel, and never raises. `is_ready` says of each part of the service whether it can work.
+    a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
+    InvalidRequest for a URL that is not told.
     """
 
     jobs: JobStore
@@ -53,6 +54,7 @@ class ApiParts:
     generate: Callable[[GenerationParams], Awaitable[Finished]]
     wake: Callable[[], Awaitable[None]]
     is_ready: Callable[[], Awaitable[dict[str, bool]]]
+    check_webhook: Callable[[str], None]
 
 
 async def _parts_of(request: Request) -> ApiParts:

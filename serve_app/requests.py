@@ -116,6 +116,7 @@ def new_job(
         input_path=None,
         idempotency_key=idempotency_key,
         body_hash=None,
+        webhook_url=asked.webhook_url if asked is not None else None,
     )
     if idempotency_key is None:
         return new
@@ -126,6 +127,8 @@ def new_job(
 
 def _hash(new: NewJob, settings: Mapping[str, object]) -> str:
     asked_for = [new.model, new.prompt, settings, new.priority, new.metadata, new.remixed_from]
+    if new.webhook_url is not None:  # only then: hashes of earlier versions stay as they are
+        asked_for.append(new.webhook_url)
     return hashlib.sha256(json.dumps(asked_for, sort_keys=True).encode()).hexdigest()
 
 

@@ -61,6 +61,9 @@ class CreateVideo(SyncVideo):
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = Field(
         None, description="Yours to use; it is given back with the job."
     )
+    webhook_url: Annotated[str, AfterValidator(_without_nul)] | None = Field(
+        None, description="Told when the video has ended, by a signed POST (standardwebhooks.com).", max_length=2048
+    )
 
 
 class RemixVideo(_Body):

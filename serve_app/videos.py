@@ -50,6 +50,8 @@ async def create_video(
     """Queue a video. It is kept from here on: it ends as completed, failed or cancelled, whatever dies."""
     asked = parse(CreateVideo, await read_body(request, parts.limits.max_body_bytes))
     model = _served(asked.model, parts)
+    if asked.webhook_url is not None:
+        parts.check_webhook(asked.webhook_url)
     params = generation_params(asked, parts.defaults, max_pixel_frames=parts.limits.max_pixel_frames)
     new = new_job(params, owner=owner, model=model, asked=asked, idempotency_key=idempotency_key)
     return await _accept(new, parts, response)

@@ -41,6 +41,7 @@ class NewJob:
     input_path: str | None
     idempotency_key: str | None
     body_hash: str | None
+    webhook_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,9 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    inspect,
 )
+from sqlalchemy.engine import Connection
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -59,6 +61,7 @@ jobs = Table(
     Column("error_code", String(64)),
     Column("error_message", Text),
     Column("artifacts", JSON, nullable=False, default=dict),
+    Column("webhook_url", Text),
     UniqueConstraint("owner", "idempotency_key"),
     Index("jobs_by_due", "status", "due_at", "id"),
     Index("jobs_by_owner", "owner", "created_at", "id"),
@@ -67,7 +70,8 @@ jobs = Table(
     Index("jobs_by_expiry", "expires_at"),
 )
 
-# Written with the change that it tells of, so that neither is without the other.
+# Written with the change that it tells of, so that neither is without the other, and kept for a while when delivered:
+# it says who was told of what. `next_at` is when the next attempt is due; null, there is none, or none any more.
 outbox = Table(
     "outbox",
     metadata,
@@ -75,7 +79,27 @@ outbox = Table(
     Column("job_id", String(64), nullable=False),
     Column("event", String(32), nullable=False),
     Column("created_at", Float(53), nullable=False),
+    Column("owner", Text),
+    Column("url", Text),
+    Column("body", Text),
+    Column("next_at", Float(53)),
+    Column("attempts", Integer),
+    Column("delivered_at", Float(53)),
+    Index("outbox_by_next", "next_at"),
 )
+
+
+def add_missing_columns(connection: Connection) -> None:
+    """Bring tables of an earlier version up to date: what came later may be null."""
+    inspector = inspect(connection)
+    for table in metadata.sorted_tables:
+        present = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in present:
+                kind = column.type.compile(connection.dialect)
+                connection.exec_driver_sql(f'ALTER TABLE {table.name} ADD COLUMN "{column.name}" {kind}')
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
 
 
 class now_s(FunctionElement[float]):

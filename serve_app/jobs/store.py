@@ -18,7 +18,7 @@ from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound
 from serve_app.jobs.database import Database, finished, lock
 from serve_app.jobs.model import ENDED, Artifact, Heartbeat, Job, JobStatus, NewJob, Page, Progress
 from serve_app.jobs.queue import accepted_before, candidates, check_bound, enqueue, num_queued, position
-from serve_app.jobs.schema import jobs, metadata, now_s
+from serve_app.jobs.schema import add_missing_columns, jobs, metadata, now_s
 from serve_app.jobs.transitions import Rules, change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
 from t2v_core.errors import InvalidRequest
 
@@ -334,6 +334,7 @@ class JobStore:
         async with self.database.writing() as connection:
             await lock(connection, "setup")
             await connection.run_sync(metadata.create_all)
+            await connection.run_sync(add_missing_columns)
 
 
 async def _to_cancel(connection: AsyncConnection, claimer: str) -> set[str]:

@@ -10,12 +10,13 @@ Every write names the state that it starts from, so that of two only one finds i
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, insert, select, update
+from sqlalchemy import ColumnElement, Row, and_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import JobNotFound
 from serve_app.jobs.model import Artifact, Job, JobStatus
-from serve_app.jobs.schema import jobs, now_s, outbox
+from serve_app.jobs.outbox import tell
+from serve_app.jobs.schema import jobs, now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,7 @@ async def end(
         **values,
     )
     if ended is not None:
-        told = {"job_id": ended.id, "event": f"video.{status}", "created_at": now_s()}
-        await connection.execute(insert(outbox).values(told))
+        await tell(connection, ended)
     return ended is not None
 
 

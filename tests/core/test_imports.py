@@ -105,6 +105,7 @@ SERVICE_ALLOWED = {
     "devices": {"config"},
     "sweeper": {"artifacts", "jobs"},
     "schemas": {"errors", "jobs"},
+    "webhooks": {"config", "jobs"},
     "bodies": {"errors"},
     "requests": {"bodies", "jobs", "schemas"},
     "failures": {"errors", "requests", "schemas"},
@@ -119,10 +120,10 @@ SERVICE_ALLOWED = {
     "denoiser": {"calls", "config", "devices", "errors", "owners"},
     "chain": {"calls", "remote"},
     "attempt": {"artifacts", "calls", "chain", "config", "errors", "jobs"},
-    "generator": {"artifacts", "attempt", "calls", "chain", "config", "jobs", "owners", "sweeper"},
-    "ingress": {"api", "artifacts", "auth", "calls", "config", "events", "jobs", "owners", "remote"},
+    "generator": {"artifacts", "attempt", "calls", "chain", "config", "jobs", "owners", "sweeper", "webhooks"},
+    "ingress": {"api", "artifacts", "auth", "calls", "config", "events", "jobs", "owners", "remote", "webhooks"},
     "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
-    "cli": {"app", "config"},
+    "cli": {"app", "config", "webhooks"},
 }
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
 LIBRARIES = {

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from fastapi import FastAPI
 from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
+from serve_app.config import WebhooksConfig
 from serve_app.events import Watcher
 from serve_app.jobs.model import Artifact, Job, Progress
 from serve_app.jobs.store import JobStore
+from serve_app.webhooks import check_url
 from t2v_core.config import GenerationDefaults
 from t2v_core.params import GenerationParams
 
@@ -204,6 +207,7 @@ async def running(
         generate=gpu.generate,
         wake=wake,
         is_ready=is_ready,
+        check_webhook=partial(check_url, config=WebhooksConfig(secret="a secret of sixteen")),
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve())

@@ -75,7 +75,7 @@ BAD_FIELDS: list[tuple[str, object, str]] = [
     ("metadata", "order", "order"),
     ("input_reference", {"image_url": "https://example.com/a.png"}, "text only"),
     ("input_reference", "", "text only"),
-    ("webhook_url", "https://example.com", "no such field"),
+    ("webhook_url", "http://example.com", "https://"),
     ("strength", 0.5, "no such field"),
     ("eta", 0.5, "no such field"),
     ("width", 64, "no such field"),

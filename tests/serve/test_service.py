@@ -1,10 +1,12 @@
 """The service as a whole, on real Ray processes with the demo checkpoint, and what happens when parts of it die."""
 
+import queue
 import re
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -12,19 +14,23 @@ import pytest
 import ray
 from ray import serve
 from running import APP, PROMPT, Running, config, psnr, ray_started, running, wait_for
+from standardwebhooks import Webhook
 
 from serve_app.calls import GeneratedVideo, Progress
+from serve_app.webhooks import signing_secret
 from t2v_core.demo.measuring import look_at
 from t2v_core.errors import InvalidRequest
 
 pytestmark = pytest.mark.service
 
+WEBHOOK_SECRET = "a secret of sixteen"
 STEPS = 14  # about four seconds
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    with ray_started(), running(config(tmp_path_factory.mktemp("service"))) as started:
+    webhooks = {"secret": WEBHOOK_SECRET, "allow_private": True}
+    with ray_started(), running(config(tmp_path_factory.mktemp("service"), webhooks=webhooks)) as started:
         yield started
 
 
@@ -112,6 +118,27 @@ def test_a_prompt_with_too_many_tokens_fails_and_says_so(service: Running):
     response = service.client.post("/v1/videos/sync", json={"prompt": prompt})
     assert response.status_code == 400
     assert "prompt has 700 tokens: at most 600 are allowed" in response.json()["error"]["message"]
+
+
+def test_the_end_of_a_job_is_told_to_its_webhook(service: Running):
+    got = queue.Queue[tuple[dict[str, str], bytes]]()
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            got.put((headers, self.rfile.read(int(headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/hook"
+        video_id = service.create(num_inference_steps=4, webhook_url=url)
+        headers, body = got.get(timeout=60)
+        server.shutdown()
+    event = Webhook(signing_secret(WEBHOOK_SECRET, "local")).verify(body, headers)
+    assert (event["type"], event["data"]["id"]) == ("video.completed", video_id)
+    assert service.ended(video_id)["status"] == "completed"
 
 
 def test_a_killed_denoiser_costs_the_steps_since_the_last_checkpoint_and_nothing_else(service: Running, undisturbed):
