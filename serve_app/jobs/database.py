@@ -16,7 +16,7 @@ from serve_app.errors import Unavailable
 from t2v_core.errors import InvalidRequest
 
 # PostgreSQL names the locks of applications by numbers; these are any that nobody else uses.
-_LOCKS = {"setup": 7_282_014, "queue": 7_282_015}
+_LOCKS = {"setup": 7_282_014, "queue": 7_282_015, "claim": 7_282_016}
 
 # A server that vanishes without a word must not hold its clients for hours.
 _PATIENCE = {
@@ -88,7 +88,7 @@ def finished(
     return call
 
 
-async def lock(connection: AsyncConnection, what: Literal["setup", "queue"]) -> None:
+async def lock(connection: AsyncConnection, what: Literal["setup", "queue", "claim"]) -> None:
     """Be the only transaction that does this. In SQLite, one that writes is the only one anyway."""
     if connection.dialect.name == "postgresql":
         await connection.execute(select(func.pg_advisory_xact_lock(_LOCKS[what])))

@@ -1,20 +1,22 @@
 """The queue of waiting jobs: how it is bounded, and who is next.
 
-A job is due PATIENCE_S after it came, at once where it is urgent; who is due first is claimed first. So urgent jobs go
-before normal ones, and those before low ones, but none waits for ever behind others that came long after it.
+Owners take turns: a job's turn is its place among its owner's own, those that are being made included. So one who asks
+for a hundred videos delays nobody's first by more than the work in hand. Within a turn, and among one owner's jobs, who
+is due first is first: PATIENCE_S after it came, at once where it is urgent. None waits for ever behind later ones.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Row, func, insert, select, tuple_
+from sqlalchemy import ColumnElement, Subquery, func, insert, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import QueueFull
+from serve_app.jobs.database import lock
 from serve_app.jobs.model import Job, NewJob
 from serve_app.jobs.schema import jobs, now_s
-from serve_app.jobs.transitions import job_of, one
+from serve_app.jobs.transitions import job_of
 from t2v_core.engine.batching import PATIENCE_S
 
 _WAITING = jobs.c.status == "queued"
@@ -43,19 +45,39 @@ async def accepted_before(connection: AsyncConnection, new: NewJob) -> Job | Non
     return None if row is None else job_of(row)
 
 
-async def candidates(connection: AsyncConnection, limit: int, *, urgent_only: bool) -> Sequence[Row[Any, Any]]:
-    """Ids and fences of those who are next. PostgreSQL passes over rows that somebody else is about to claim."""
-    urgent = [jobs.c.priority == "urgent"] if urgent_only else []
-    next_ones = select(jobs.c.id, jobs.c.fence).where(_WAITING, *urgent).order_by(jobs.c.due_at, jobs.c.id)
-    return (await connection.execute(next_ones.limit(limit).with_for_update(skip_locked=True))).all()
+class Candidate(NamedTuple):
+    """A job that may be claimed next. `is_hastened`: while others' videos fill the service, its owner has none."""
+
+    id: str
+    fence: int
+    is_hastened: bool
+
+
+async def candidates(connection: AsyncConnection, limit: int, *, urgent_only: bool) -> Sequence[Candidate]:
+    """Those who are next; with `urgent_only`, the urgent and the hastened among them. For one caller at a time."""
+    await lock(connection, "claim")
+    running = {row.owner: row.num for row in await connection.execute(select(_running()))}
+    line = _line()
+    rows = await connection.execute(select(line).order_by(line.c.turn, line.c.due_at, line.c.id))
+    found = []
+    for row in rows:
+        others = max((num for owner, num in running.items() if owner != row.owner), default=0)
+        is_hastened = others > 1 and row.turn == 1
+        if not urgent_only or is_hastened or row.priority == "urgent":
+            found.append(Candidate(row.id, row.fence, is_hastened))
+            if len(found) == limit:
+                break
+    return found
 
 
 async def position(connection: AsyncConnection, job_id: str) -> int | None:
     """How many are to be claimed before this one; None if it does not wait."""
-    me = (await connection.execute(select(jobs.c.due_at, jobs.c.id).where(one(job_id, _WAITING)))).first()
+    line = _line()
+    me = (await connection.execute(select(line).where(line.c.id == job_id))).first()
     if me is None:
         return None
-    return await _count(connection, _WAITING, tuple_(jobs.c.due_at, jobs.c.id) < (me.due_at, me.id))
+    before = tuple_(line.c.turn, line.c.due_at, line.c.id) < (me.turn, me.due_at, me.id)
+    return (await connection.execute(select(func.count()).select_from(line).where(before))).scalar_one()
 
 
 async def num_queued(connection: AsyncConnection, owner: str | None) -> int:
@@ -74,6 +96,21 @@ async def check_bound(connection: AsyncConnection, bound: int | None, owner: str
         f"{waiting} videos {whose} wait already: at most {bound} may; try again in {retry_after_s:.0f} s",
         retry_after_s,
     )
+
+
+def _running() -> Subquery:
+    """How many jobs of each owner are being made."""
+    made = select(jobs.c.owner, func.count().label("num")).where(jobs.c.status == "in_progress")
+    return made.group_by(jobs.c.owner).subquery()
+
+
+def _line() -> Subquery:
+    """All who wait, each with its turn: 1 is that of an owner's only job."""
+    running = _running()
+    place = func.row_number().over(partition_by=jobs.c.owner, order_by=(jobs.c.due_at, jobs.c.id))
+    turn = (place + func.coalesce(running.c.num, 0)).label("turn")
+    columns = jobs.c.id, jobs.c.fence, jobs.c.owner, jobs.c.priority, jobs.c.due_at, turn
+    return select(*columns).outerjoin(running, jobs.c.owner == running.c.owner).where(_WAITING).subquery()
 
 
 async def _count(connection: AsyncConnection, *where: ColumnElement[bool]) -> int:

@@ -7,7 +7,7 @@ queue. The fence grows with every claim and is part of every write, so that an o
 import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from sqlalchemy import and_, delete, func, select, tuple_
@@ -168,7 +168,10 @@ class JobStore:
 
     @finished
     async def claim(self, claimer: str, *, limit: int, lease_s: float, urgent_only: bool = False) -> _Jobs:
-        """Up to `limit` queued jobs, those due first, now the claimer's for `lease_s` seconds."""
+        """Up to `limit` queued jobs, those whose turn it is, now the claimer's for `lease_s` seconds.
+
+        Each with the priority that counts now: urgent for the first of an owner while others fill the service.
+        """
         if limit < 1:
             return []
         claimed = []
@@ -185,7 +188,8 @@ class JobStore:
                     started_at=func.coalesce(jobs.c.started_at, now_s()),
                 )
                 if ours is not None:
-                    claimed.append(job_of(ours))
+                    job = job_of(ours)
+                    claimed.append(replace(job, priority="urgent") if row.is_hastened else job)
         return claimed
 
     @finished

@@ -21,8 +21,8 @@ class RowBudgets:
     Usually it is the knee: nearly the best throughput, with fewer rows to wait for. Under a backlog it is the best, and
     beside urgent requests only as much as does not slow them much.
 
-    Without a profile they are `unmeasured_rows`, by default those of one request with guidance: right on a CPU, where
-    a larger batch saves nothing.
+    Without a profile they are `unmeasured_rows`, by default those of one request with guidance, and urgent requests are
+    alone: right on a CPU, where a larger batch saves nothing.
     """
 
     def __init__(
@@ -37,7 +37,9 @@ class RowBudgets:
         shape = group.shape
         usual = self._usual(shape, demand.rows)
         rows = min(usual, self._limits.get(shape, usual))
-        if demand.urgent_rows and self._profile:
+        if demand.urgent_rows and not self._profile:
+            rows = min(rows, demand.urgent_rows)  # every other row would only make them wait
+        elif demand.urgent_rows and self._profile:
             longest_s = _URGENT_SLOWDOWN * self._profile.step_s(shape, demand.urgent_rows)
             while rows > demand.urgent_rows and self._profile.step_s(shape, rows) > longest_s:
                 rows -= 1

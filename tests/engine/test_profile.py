@@ -53,6 +53,13 @@ def test_riders_must_not_slow_an_urgent_request_much():
     assert budgets.rows(group, Demand(200, urgent_rows=200)) == 32
 
 
+def test_without_a_profile_urgent_requests_are_alone():
+    group, budgets = Group(SHAPE, 77), RowBudgets(unmeasured_rows=8)
+    assert budgets.rows(group, Demand(20)) == 8
+    assert budgets.rows(group, Demand(20, urgent_rows=2)) == 2
+    assert budgets.rows(group, Demand(20, urgent_rows=12)) == 8
+
+
 def test_memory_bounds_the_rows():
     group = Group(SHAPE, 77)
     assert RowBudgets(PROFILE, free_bytes=10**12).rows(group, Demand(2)) == 16

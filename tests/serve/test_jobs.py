@@ -360,6 +360,58 @@ async def test_a_job_given_back_keeps_its_place(store: JobStore) -> None:
     assert (await claimed(store)).id == first.id
 
 
+async def of_owners(store: JobStore, *owners: str, priority: str = "normal") -> list[str]:
+    """Jobs of these owners, accepted one after the other."""
+    ids = []
+    for owner in owners:
+        ids.append((await accept(store, owner=owner, priority=priority)).id)
+        await asyncio.sleep(0.002)  # SQLite's clock has milliseconds
+    return ids
+
+
+async def test_owners_take_turns(store: JobStore) -> None:
+    a0, a1, a2, a3, b0, b1, c0 = await of_owners(store, "a", "a", "a", "a", "b", "b", "c")
+    expected = [a0, b0, c0, a1, b1, a2, a3]
+    assert [await store.queue_position(job_id) for job_id in expected] == list(range(7))
+    assert [job.id for job in await store.claim("worker", limit=4, lease_s=LEASE_S)] == expected[:4]
+    assert [job.id for job in await store.claim("worker", limit=9, lease_s=LEASE_S)] == expected[4:]
+
+
+async def test_what_an_owner_has_in_hand_counts_for_its_turns(store: JobStore) -> None:
+    await of_owners(store, "a", "a")
+    assert len(await store.claim("worker", limit=2, lease_s=LEASE_S)) == 2
+    (a2,) = await of_owners(store, "a")
+    b0, b1, b2 = await of_owners(store, "b", "b", "b")
+    assert [await store.queue_position(job_id) for job_id in (b0, b1, a2, b2)] == [0, 1, 2, 3]
+
+
+async def test_an_urgent_job_goes_before_its_owners_others_and_not_before_those_of_others(store: JobStore) -> None:
+    a0, b0 = await of_owners(store, "a", "b")
+    (a1,) = await of_owners(store, "a", priority="urgent")
+    assert [await store.queue_position(job_id) for job_id in (a1, b0, a0)] == [0, 1, 2]
+
+
+async def test_the_first_job_of_an_owner_is_urgent_while_another_fills_the_service(store: JobStore) -> None:
+    await of_owners(store, "a", "a", "a")
+    assert {job.priority for job in await store.claim("worker", limit=2, lease_s=LEASE_S)} == {"normal"}
+    b0, b1 = await of_owners(store, "b", "b")
+    (hastened,) = await store.claim("worker", limit=5, lease_s=LEASE_S, urgent_only=True)
+    assert (hastened.id, hastened.priority) == (b0, "urgent")
+    assert (await store.get(b0)).priority == "normal"  # what was asked for stays
+    assert await store.claim("worker", limit=5, lease_s=LEASE_S, urgent_only=True) == []
+    rest = await store.claim("worker", limit=5, lease_s=LEASE_S)
+    assert [job.priority for job in rest] == ["normal", "normal"]
+    assert rest[0].id == b1
+
+
+async def test_nobody_is_urgent_where_all_have_as_much(store: JobStore) -> None:
+    await of_owners(store, "a", "b")
+    taken = await store.claim("worker", limit=2, lease_s=LEASE_S)
+    assert [job.priority for job in taken] == ["normal", "normal"]
+    await of_owners(store, "c")
+    assert (await claimed(store)).priority == "normal"
+
+
 async def test_a_reserve_for_the_urgent_takes_no_other(store: JobStore) -> None:
     await accept(store, priority="normal")
     urgent = await accept(store, priority="urgent")
