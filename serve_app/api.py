@@ -13,6 +13,7 @@ from serve_app.failures import answer_errors
 from serve_app.parts import ApiParts, Finished, Limits, Owner, Parts
 from serve_app.schemas import (
     CreateVideo,
+    EditVideo,
     Health,
     ModelList,
     ModelObject,
@@ -48,7 +49,7 @@ def create_app() -> FastAPI:
     _add_videos(app)
     _add_service(app)
     app.mount("/static", StaticFiles(directory=_STATIC))
-    describe(app, CreateVideo, SyncVideo, RemixVideo)
+    describe(app, CreateVideo, SyncVideo, EditVideo, RemixVideo)
     return app
 
 
@@ -67,6 +68,13 @@ def _add_videos(app: FastAPI) -> None:
         response_class=Response,
         responses=made_now() | making,
         openapi_extra=body(SyncVideo),
+    )
+    add(
+        f"{all_videos}/edits",
+        videos.edit_video,
+        methods=["POST"],
+        responses=queueing | errors(404),
+        openapi_extra=body(EditVideo, file="video"),
     )
     add(
         all_videos,

@@ -13,6 +13,7 @@ from serve_app.calls import Checkpoint, DenoiseCall, PreviewPicture, Progress, R
 from serve_app.chain import Chain
 from serve_app.config import GeneratorConfig
 from serve_app.errors import ArtifactGone, Unavailable
+from serve_app.inputs import frames_of
 from serve_app.jobs import Artifact, Job, JobStore
 from serve_app.jobs import Progress as JobProgress
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableTrajectory
@@ -93,7 +94,7 @@ class Attempt:
             id=job.id,
             fence=job.fence,
             owners=(self._tools.owner,),
-            params=GenerationParams(prompt=job.prompt, **cast(dict[str, Any], job.params)),
+            params=await self._params(),
             priority=job.priority,
             waited_s=max(0.0, await self._tools.jobs.now() - job.created_at),
             trajectory=await self._saved_trajectory(),
@@ -159,6 +160,12 @@ class Attempt:
             yield
         except Unavailable as error:
             logger.warning("%s not kept: job=%s error=%s", what, self.job.id, error)
+
+    async def _params(self) -> GenerationParams:
+        job, video = self.job, None
+        if job.input_path is not None:
+            video = frames_of(await self._tools.artifacts.read(job.input_path))
+        return GenerationParams(prompt=job.prompt, video=video, **cast(dict[str, Any], job.params))
 
     async def _saved_trajectory(self) -> bytes | None:
         """Where the attempt before stood; without it the job starts anew."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from t2v_core.engine import Priority
 from t2v_core.params import GenerationParams
+from t2v_core.stages import EncodedVideo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -16,6 +17,7 @@ class DenoiseCall:
     id, fence: a call supersedes another one of its id and a lower fence, wherever its owner has gone.
     owners: the replicas, by the names of their actors, of which every one must live for the work to be wanted.
     trajectory: where an earlier attempt stood, as `Trajectory.to_bytes` wrote it.
+    video: the latents of an input video, on the CPU; needed only where there is no trajectory.
     """
 
     id: str
@@ -25,6 +27,7 @@ class DenoiseCall:
     priority: Priority = "normal"
     waited_s: float = 0.0
     trajectory: bytes | None = field(default=None, repr=False)
+    video: EncodedVideo | None = field(default=None, repr=False)
     keeps_checkpoints: bool = False
     previews: bool = False
 

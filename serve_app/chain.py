@@ -1,7 +1,7 @@
 """One request through the three stages."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -23,6 +23,9 @@ class Chain:
 
         Raises what the stages raise, and Unavailable where a replica died or cannot be reached.
         """
+        if call.params.video is not None and call.trajectory is None:
+            with plain_errors("decoder"):
+                call = replace(call, video=await finished(self.decoder.encode.remote(call.params.video)))
         conditioning = self.text_encoder.encode.remote(call.params)  # goes from stage to stage, and not through here
         stream = cast("DeploymentResponseGenerator[DenoiseEvent]", self.denoiser.denoise.remote(call, conditioning))
         latents = None

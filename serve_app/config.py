@@ -120,6 +120,7 @@ class IngressConfig(_Section):
     max_queued: int | None = Field(default=1_000, ge=1)
     max_queued_per_key: int | None = Field(default=100, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1)
+    max_upload_bytes: int = Field(default=64 << 20, ge=1)  # of a body with an input video
     max_pixel_frames: int | None = Field(default=None, ge=1)
 
 

@@ -29,6 +29,12 @@ class Decoder:
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device
         self._encoding = ThreadPoolExecutor(config.encoding_threads, thread_name_prefix="encode")
 
+    async def encode(self, frames: Tensor) -> stages.EncodedVideo:
+        """The latents of an input video, on the CPU. frames: (f, h, w, 3) uint8."""
+        loop = asyncio.get_running_loop()
+        encoded = await loop.run_in_executor(self._decoding, stages.encode_frames, self._network, frames)
+        return encoded.to("cpu")
+
     async def decode(self, latents: Tensor, params: GenerationParams) -> Rendered:
         """The video's files. latents: (c, f, h, w). Raises GenerationFailed where they are not finite."""
         loop = asyncio.get_running_loop()

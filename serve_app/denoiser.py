@@ -154,7 +154,8 @@ class Denoiser:
     def _prepare(self, call: DenoiseCall, conditioning: Conditioning) -> Denoising:
         plan = stages.plan(self._schedule, call.params)
         if call.trajectory is None:
-            trajectory = stages.start(call.params, plan, self._device, self._dtype)
+            video = None if call.video is None else call.video.to(self._device)
+            trajectory = stages.start(call.params, plan, self._device, self._dtype, video)
         else:
             trajectory = Trajectory.from_bytes(call.trajectory, self._device)
             if (trajectory.shape, trajectory.num_steps) != (call.params.shape.latents(), plan.num_steps):

@@ -80,12 +80,15 @@ def event_stream() -> Responses:
     }
 
 
-def body(schema: type[BaseModel], *, multipart: bool = True) -> dict[str, Any]:
-    """The request body of a route that reads it by hand."""
+def body(schema: type[BaseModel], *, multipart: bool = True, file: str | None = None) -> dict[str, Any]:
+    """The request body of a route that reads it by hand. In multipart, the field `file` is one."""
     content: dict[str, Any] = {"application/json": {"schema": _reference(schema)}}
     if multipart:
         encoding = {"metadata": {"style": "deepObject", "explode": True}} if "metadata" in schema.model_fields else {}
-        content["multipart/form-data"] = {"schema": _reference(schema), **({"encoding": encoding} if encoding else {})}
+        form: dict[str, Any] = _reference(schema)
+        if file is not None:
+            form = {"allOf": [form, {"type": "object", "properties": {file: {"format": "binary"}}}]}
+        content["multipart/form-data"] = {"schema": form, **({"encoding": encoding} if encoding else {})}
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -61,6 +61,7 @@ class Ingress:
                 max_queued=config.max_queued,
                 max_queued_per_owner=config.max_queued_per_key,
                 max_body_bytes=config.max_body_bytes,
+                max_upload_bytes=config.max_upload_bytes,
                 max_pixel_frames=config.max_pixel_frames,
             ),
             generate=self._finish,

@@ -1,7 +1,8 @@
 """What the routes work with. Whoever serves the API fills `app.state.parts`."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
@@ -23,6 +24,7 @@ class Limits:
     max_queued: int | None = 1_000
     max_queued_per_owner: int | None = 100
     max_body_bytes: int = 1 << 20
+    max_upload_bytes: int = 64 << 20
     max_pixel_frames: int | None = None  # width x height x num_frames
 
 
@@ -41,7 +43,7 @@ class ApiParts:
 
     `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
     a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
-    InvalidRequest for a URL that is not told.
+    InvalidRequest for a URL that is not told. `reading` bounds how many input videos are read at a time.
     """
 
     jobs: JobStore
@@ -55,6 +57,7 @@ class ApiParts:
     wake: Callable[[], Awaitable[None]]
     is_ready: Callable[[], Awaitable[dict[str, bool]]]
     check_webhook: Callable[[str], None]
+    reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
 
 async def _parts_of(request: Request) -> ApiParts:

@@ -10,7 +10,9 @@ from typing import TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from torch import Tensor
 
+from serve_app import inputs
 from serve_app.bodies import Body
 from serve_app.jobs.model import Job, NewJob, new_job_id
 from serve_app.schemas import CreateVideo, SyncVideo
@@ -51,9 +53,17 @@ def invalid_request(errors: Sequence[ErrorDetails], known: tuple[str, ...] = ())
 
 
 def generation_params(
-    asked: SyncVideo, defaults: GenerationDefaults, *, max_pixel_frames: int | None = None
+    asked: SyncVideo,
+    defaults: GenerationDefaults,
+    *,
+    max_pixel_frames: int | None = None,
+    video: bytes | None = None,
+    max_video_bytes: int = 0,
 ) -> GenerationParams:
-    """The request with every setting filled in and every rule checked. Raises InvalidRequest."""
+    """The request with every setting filled in and every rule checked, and its input video read: that takes a while.
+
+    Raises InvalidRequest.
+    """
     settings = cast(
         Settings,
         {name: value for name, value in asked.model_dump().items() if name in Settings.__annotations__},
@@ -68,7 +78,7 @@ def generation_params(
             )
         settings["num_frames"] = _num_frames(asked.seconds, _fps(asked, defaults))
     try:
-        params = resolve(asked.prompt, settings, defaults)
+        params = resolve(asked.prompt, settings, defaults, video, inputs.limits(max_video_bytes))
     except InvalidRequest as error:
         raise _as_spelt(error, asked) from error
     pixel_frames = params.width * params.height * params.num_frames
@@ -81,9 +91,11 @@ def generation_params(
     return params
 
 
-def remixed_params(job: Job, prompt: str, defaults: GenerationDefaults) -> GenerationParams:
-    """The settings and the seed of an earlier job with another prompt. Raises InvalidRequest."""
-    return resolve(prompt, cast(Settings, job.params), defaults)
+def remixed_params(
+    job: Job, prompt: str, defaults: GenerationDefaults, frames: Tensor | None = None
+) -> GenerationParams:
+    """The settings, the seed and the input's frames of an earlier job with another prompt. Raises InvalidRequest."""
+    return resolve(prompt, cast(Settings, job.params), defaults, frames)
 
 
 def new_job(
@@ -93,9 +105,10 @@ def new_job(
     model: str,
     asked: CreateVideo | None = None,
     remix_of: Job | None = None,
+    input_hash: str | None = None,
     idempotency_key: str | None = None,
 ) -> NewJob:
-    """The row for a request: of what was `asked`, or a remix of an earlier job."""
+    """The row for a request: of what was `asked`, or a remix of an earlier job. `input_hash` tells inputs apart."""
     settings = {
         setting.name: getattr(params, setting.name)
         for setting in dataclasses.fields(params)
@@ -104,8 +117,9 @@ def new_job(
     priority = remix_of.priority if remix_of is not None else "normal"
     if asked is not None and asked.priority is not None:
         priority = asked.priority
+    job_id = new_job_id()
     new = NewJob(
-        id=new_job_id(),
+        id=job_id,
         owner=owner,
         model=model,
         prompt=params.prompt,
@@ -113,7 +127,7 @@ def new_job(
         priority=priority,
         metadata=(asked.metadata if asked is not None else None) or {},
         remixed_from=remix_of.id if remix_of is not None else None,
-        input_path=None,
+        input_path=None if params.video is None else inputs.path_of(job_id),
         idempotency_key=idempotency_key,
         body_hash=None,
         webhook_url=asked.webhook_url if asked is not None else None,
@@ -122,13 +136,14 @@ def new_job(
         return new
     # A drawn seed is another each time, though the body is the same.
     seed_is_drawn = asked is not None and asked.seed is None
-    return dataclasses.replace(new, body_hash=_hash(new, settings | {"seed": None} if seed_is_drawn else settings))
+    settings_asked = settings | {"seed": None} if seed_is_drawn else settings
+    return dataclasses.replace(new, body_hash=_hash(new, settings_asked, input_hash))
 
 
-def _hash(new: NewJob, settings: Mapping[str, object]) -> str:
+def _hash(new: NewJob, settings: Mapping[str, object], input_hash: str | None) -> str:
     asked_for = [new.model, new.prompt, settings, new.priority, new.metadata, new.remixed_from]
-    if new.webhook_url is not None:  # only then: hashes of earlier versions stay as they are
-        asked_for.append(new.webhook_url)
+    # Only where there is any: hashes of earlier versions stay as they are.
+    asked_for += [extra for extra in (new.webhook_url, input_hash) if extra is not None]
     return hashlib.sha256(json.dumps(asked_for, sort_keys=True).encode()).hexdigest()
 
 

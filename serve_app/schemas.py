@@ -66,6 +66,23 @@ class CreateVideo(SyncVideo):
     )
 
 
+class VideoReference(_Body):
+    """A completed video of the caller's."""
+
+    id: _Text
+
+
+class EditVideo(CreateVideo):
+    """A video to make of another one: an uploaded file, or a completed video by its id."""
+
+    video: VideoReference | None = Field(
+        None, description='{"id": "video_..."}; in multipart, a file: mp4, webm, mov, gif and others.'
+    )
+    strength: float | None = Field(
+        None, description="How much is made anew, from above 0 to 1.", json_schema_extra=_range(0, 1)
+    )
+
+
 class RemixVideo(_Body):
     """Another prompt for the seed and the settings of an earlier video."""
 
@@ -101,6 +118,7 @@ class VideoObject(BaseModel):
     fps: int
     num_inference_steps: int
     guidance_scale: float
+    strength: float | None = Field(description="Of an edit.")
     sampler: SamplerName
     format: VideoFormat
     priority: Priority
@@ -122,6 +140,7 @@ def video_object(job: Job, queue_position: int | None = None) -> VideoObject:
     return VideoObject.model_validate(
         {
             **{name: params[name] for name in VideoObject.model_fields if name in params},
+            "strength": params.get("strength"),
             "id": job.id,
             "model": job.model,
             "status": job.status,

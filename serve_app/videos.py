@@ -1,15 +1,19 @@
 """The routes of /v1/videos: validate, ask the store, answer."""
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import Header, Query, Request
 from fastapi.responses import Response
 from sse_starlette import EventSourceResponse
 from starlette.requests import ClientDisconnect
+from torch import Tensor
 
-from serve_app.bodies import read_body
+from serve_app import inputs
+from serve_app.bodies import Upload, read_body
 from serve_app.content import content_response
 from serve_app.errors import JobEnded, JobLive
 from serve_app.events import Seen, job_events, news
@@ -19,6 +23,7 @@ from serve_app.requests import generation_params, new_job, parse, remixed_params
 from serve_app.schemas import (
     CreateVideo,
     DeletedVideo,
+    EditVideo,
     RemixVideo,
     SyncVideo,
     Variant,
@@ -57,6 +62,39 @@ async def create_video(
     return await _accept(new, parts, response)
 
 
+async def edit_video(
+    request: Request, response: Response, parts: Parts, owner: Owner, idempotency_key: IdempotencyKey = None
+) -> VideoObject:
+    """Queue a video that is made of another one: a file that is sent along, or a completed video."""
+    body = await read_body(request, parts.limits.max_upload_bytes)
+    sent = body.values.get("video")
+    upload = sent if isinstance(sent, Upload) else None
+    if upload is not None:
+        body = replace(body, values={name: value for name, value in body.values.items() if name != "video"})
+    asked = parse(EditVideo, body)
+    model = _served(asked.model, parts)
+    if asked.webhook_url is not None:
+        parts.check_webhook(asked.webhook_url)
+    if upload is not None:
+        data = upload.data
+    elif asked.video is not None:
+        data = await _video_of(asked.video.id, parts, owner)
+    else:
+        raise InvalidRequest('video is missing: send a file, or {"id": "video_..."} of a completed one', param="video")
+    async with parts.reading:
+        params = await asyncio.to_thread(
+            generation_params,
+            asked,
+            parts.defaults,
+            max_pixel_frames=parts.limits.max_pixel_frames,
+            video=data,
+            max_video_bytes=parts.limits.max_upload_bytes,
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    new = new_job(params, owner=owner, model=model, asked=asked, input_hash=digest, idempotency_key=idempotency_key)
+    return await _accept(new, parts, response, frames=params.video)
+
+
 async def remix_video(
     video_id: str,
     request: Request,
@@ -69,9 +107,12 @@ async def remix_video(
     earlier = await parts.jobs.get(video_id, owner)
     asked = parse(RemixVideo, await read_body(request, parts.limits.max_body_bytes, multipart=False))
     model = _served(earlier.model, parts)
-    params = remixed_params(earlier, asked.prompt, parts.defaults)
+    frames = None
+    if earlier.input_path is not None:  # an edit: of the same input
+        frames = inputs.frames_of(await parts.artifacts.read(earlier.input_path))
+    params = remixed_params(earlier, asked.prompt, parts.defaults, frames)
     new = new_job(params, owner=owner, model=model, remix_of=earlier, idempotency_key=idempotency_key)
-    return await _accept(new, parts, response)
+    return await _accept(new, parts, response, frames=frames)
 
 
 async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Response:
@@ -166,11 +207,26 @@ def _served(model: str | None, parts: ApiParts) -> str:
     return model
 
 
-async def _accept(new: NewJob, parts: ApiParts, response: Response) -> VideoObject:
-    limits = parts.limits
-    job, _ = await parts.jobs.create(
-        new, max_queued=limits.max_queued, max_queued_per_owner=limits.max_queued_per_owner
-    )
+async def _video_of(video_id: str, parts: ApiParts, owner: str) -> bytes:
+    job = await parts.jobs.get(video_id, owner)
+    if job.status != "completed":
+        raise InvalidRequest(f"video {video_id}: is {job.status}; wait until it is completed", param="video")
+    return await parts.artifacts.read(job.artifacts["video"].path)
+
+
+async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: Tensor | None = None) -> VideoObject:
+    """The input first: a row without its files would be a broken promise."""
+    limits, is_new = parts.limits, False
+    try:
+        if frames is not None:
+            assert new.input_path is not None
+            await parts.artifacts.put(new.input_path, inputs.to_bytes(frames), inputs.MEDIA_TYPE)
+        job, is_new = await parts.jobs.create(
+            new, max_queued=limits.max_queued, max_queued_per_owner=limits.max_queued_per_owner
+        )
+    finally:
+        if frames is not None and not is_new:
+            await parts.artifacts.delete_prefix(f"{new.id}/")
     await parts.wake()
     response.headers["openai-poll-after-ms"] = _POLL_AFTER_MS
     return video_object(job)

@@ -139,12 +139,17 @@ class GenerationParams:
 
 
 def resolve(
-    prompt: str, settings: Settings, defaults: GenerationDefaults, video: InputVideo | None = None
+    prompt: str,
+    settings: Settings,
+    defaults: GenerationDefaults,
+    video: InputVideo | None = None,
+    limits: VideoLimits | None = None,
 ) -> GenerationParams:
     """The request that these settings make with a checkpoint's defaults. Without a seed, one is drawn.
 
     Of an input video - a file, its bytes, or frames (f, h, w, 3) - as many frames are taken as are asked for or, where
-    nothing is said, up to the checkpoint's own number. Raises InvalidRequest.
+    nothing is said, up to the checkpoint's own number; `limits` bound what reading a file may cost.
+    Raises InvalidRequest.
     """
     for name in settings:
         if name not in Settings.__annotations__:
@@ -168,7 +173,7 @@ def resolve(
             height=params.height,
             fps=params.fps,
             num_frames=settings.get("num_frames"),
-            limits=VideoLimits(max_frames=params.num_frames),
+            limits=dataclasses.replace(limits or VideoLimits(), max_frames=params.num_frames),
         )
     strength = defaults.strength if strength is None else strength
     return dataclasses.replace(params, num_frames=len(frames), strength=strength, video=frames)

@@ -22,10 +22,14 @@ from t2v_core.trajectory import NoiseSource, Trajectory
 
 
 class EncodedVideo(NamedTuple):
-    """The latents of an input video: their mean and standard deviation, each (c, f, h, w), on the device."""
+    """The latents of an input video: their mean and standard deviation, each (c, f, h, w)."""
 
     mean: Tensor
     std: Tensor
+
+    def to(self, device: torch.device | str) -> "EncodedVideo":
+        """The same on another device."""
+        return EncodedVideo(self.mean.to(device), self.std.to(device))
 
 
 def tokenize(tokenizer: Tokenizer, params: GenerationParams) -> list[Tensor]:

@@ -29,11 +29,18 @@ async def enqueue(connection: AsyncConnection, new: NewJob) -> None:
         insert(jobs).values(
             **asdict(new),
             status="queued",
-            num_steps=int(new.params.get("num_inference_steps") or 0),
+            num_steps=_num_steps(new),
             created_at=now_s(),
             due_at=now_s() + PATIENCE_S[new.priority],
         )
     )
+
+
+def _num_steps(new: NewJob) -> int:
+    """Of an edit, only the last ones are run."""
+    num_steps, strength = new.params.get("num_inference_steps"), new.params.get("strength")
+    assert isinstance(num_steps, int)
+    return num_steps if strength is None else int(num_steps * float(strength))
 
 
 async def accepted_before(connection: AsyncConnection, new: NewJob) -> Job | None:

@@ -60,6 +60,7 @@ async def test_a_created_video_reports_all_it_will_be_made_with(service: Any) ->
         "fps": 8,
         "num_inference_steps": 7,
         "guidance_scale": 3.0,
+        "strength": None,
         "sampler": "unipc",
         "format": "webm",
         "priority": "urgent",

@@ -120,6 +120,26 @@ def test_a_prompt_with_too_many_tokens_fails_and_says_so(service: Running):
     assert "prompt has 700 tokens: at most 600 are allowed" in response.json()["error"]["message"]
 
 
+def test_an_edit_is_made_of_its_input(service: Running, undisturbed):
+    """With few of the noisiest steps left out it is another video; with the last ones alone, nearly the input."""
+    source = service.ended(service.create(num_inference_steps=STEPS))
+    similar = {}
+    for strength in (0.2, 1.0):
+        prompt = "A blue star growing on a black background."
+        body = {
+            "prompt": prompt,
+            "video": {"id": source["id"]},
+            "strength": strength,
+            "num_inference_steps": 10,
+            "seed": 1,
+        }
+        edit = service.client.post("/v1/videos/edits", json=body).raise_for_status().json()
+        edit = service.ended(edit["id"])
+        assert (edit["status"], edit["step"]) == ("completed", int(10 * strength))
+        similar[strength] = psnr(service.frames(edit["id"]), undisturbed)
+    assert similar[0.2] > similar[1.0] + 3
+
+
 def test_the_end_of_a_job_is_told_to_its_webhook(service: Running):
     got = queue.Queue[tuple[dict[str, str], bytes]]()
 

@@ -1,0 +1,186 @@
+"""Edits: a video made of another one, by upload or by id. What comes from strangers is read within limits."""
+
+import asyncio
+import functools
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from anyio import to_thread
+from api_service import ALICE, BOB, KEYS, UNKNOWN, Files, error_of, running
+
+from serve_app import inputs
+from serve_app.api import Limits
+from t2v_core.media import encode_video
+
+pytestmark = pytest.mark.anyio
+
+
+def picture_book(num_frames: int = 12, height: int = 48, width: int = 64) -> torch.Tensor:
+    """Frames that get brighter."""
+    levels = torch.linspace(20, 220, num_frames).to(torch.uint8)
+    return levels[:, None, None, None].expand(num_frames, height, width, 3).contiguous()
+
+
+@pytest.fixture(scope="module")
+def mp4() -> bytes:
+    return encode_video(picture_book(), fps=4)
+
+
+async def edit(service: Any, video: Any, **settings: Any) -> httpx2.Response:
+    """Multipart, as a browser or curl sends it."""
+    values = {name: str(value) for name, value in settings.items()}
+    return await service.client.post(
+        "/v1/videos/edits",
+        data={"prompt": "a blue square", **values},
+        files={"video": ("mine.mp4", video, "video/mp4")},
+    )
+
+
+async def edit_of(service: Any, video_id: Any, **settings: Any) -> httpx2.Response:
+    body = {"prompt": "a blue square", "video": {"id": video_id}, **settings}
+    return await service.client.post("/v1/videos/edits", json=body)
+
+
+async def frames_kept(service: Any, video_id: str) -> torch.Tensor:
+    job = await service.jobs.get(video_id)
+    assert job.input_path is not None
+    return inputs.frames_of(await service.artifacts.read(job.input_path))
+
+
+async def test_an_upload_is_kept_as_the_frames_that_the_job_needs(service: Any, mp4: bytes) -> None:
+    video = (await edit(service, mp4, strength=0.5, num_inference_steps=10, seed=7)).raise_for_status().json()
+    assert (video["status"], video["prompt"], video["strength"]) == ("queued", "a blue square", 0.5)
+    assert (video["size"], video["num_frames"], video["seed"]) == ("64x48", 8, 7)
+    assert (video["num_inference_steps"], video["num_steps"]) == (10, 5)  # the last half of them is run
+    frames = await frames_kept(service, video["id"])
+    assert (tuple(frames.shape), frames.dtype) == ((8, 48, 64, 3), torch.uint8)
+    brightness = frames.float().mean(dim=(1, 2, 3))
+    assert (brightness.diff() > 5).all()
+    assert abs(brightness[0].item() - 20) < 6
+
+
+async def test_without_a_strength_it_is_the_models_own(service: Any, mp4: bytes) -> None:
+    assert (await edit(service, mp4)).raise_for_status().json()["strength"] == 0.6
+
+
+async def test_a_completed_video_can_be_edited_by_its_id(service: Any) -> None:
+    made = await service.completed()
+    video = (await edit_of(service, made["id"], strength=0.4, num_frames=1)).raise_for_status().json()
+    assert video["num_frames"] == 1
+    assert (await frames_kept(service, video["id"])).shape[0] == 1
+
+
+async def test_the_openai_client_edits_a_file(service: Any, mp4: bytes) -> None:
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused")
+    source = ("a.mp4", io.BytesIO(mp4), "video/mp4")
+    video = await to_thread.run_sync(functools.partial(client.videos.edit, prompt="a blue square", video=source))
+    assert (video.status, video.prompt) == ("queued", "a blue square")
+
+
+async def test_a_remix_of_an_edit_is_of_the_same_input(service: Any, mp4: bytes) -> None:
+    first = (await edit(service, mp4, strength=0.3, num_inference_steps=10)).raise_for_status().json()
+    response = await service.client.post(f"/v1/videos/{first['id']}/remix", json={"prompt": "a ring"})
+    second = response.raise_for_status().json()
+    assert (second["prompt"], second["strength"], second["seed"]) == ("a ring", 0.3, first["seed"])
+    assert torch.equal(await frames_kept(service, second["id"]), await frames_kept(service, first["id"]))
+
+
+async def test_the_same_key_with_another_file_is_another_request(service: Any, mp4: bytes) -> None:
+    other = encode_video(picture_book().flip(0), fps=4)
+    answers = []
+    for data in (mp4, mp4, other):
+        answers.append(
+            await service.client.post(
+                "/v1/videos/edits",
+                data={"prompt": "a", "seed": "1"},
+                files={"video": ("a.mp4", data, "video/mp4")},
+                headers={"Idempotency-Key": "one"},
+            )
+        )
+    assert [answer.status_code for answer in answers] == [200, 200, 422]
+    assert answers[0].json()["id"] == answers[1].json()["id"]
+    # Nothing is left of what was not accepted.
+    assert await service.artifacts.prefixes(-60) == [f"{answers[0].json()['id']}/0"]
+
+
+async def test_an_input_is_needed_as_long_as_its_job(service: Any, mp4: bytes) -> None:
+    video = (await edit(service, mp4)).raise_for_status().json()
+    assert await service.jobs.names_prefix(f"{video['id']}/0")
+    assert (await service.client.delete(f"/v1/videos/{video['id']}")).status_code == 200
+    assert await service.artifacts.prefixes(-60) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "param", "why"),
+    [
+        (b"no video at all", {}, "video", "video"),
+        (b"", {}, "video", "video"),
+        (None, {"num_frames": 64}, "video", "frames"),
+        (None, {"strength": 0}, "strength", "step"),
+        (None, {"strength": 2}, "strength", "from 0 to 1"),
+        (None, {"strength": "much"}, "strength", "number"),
+        (None, {"num_inference_steps": 2, "strength": 0.1}, "strength", "less than one step"),
+        (None, {"width": 64}, "width", "no such field"),
+    ],
+)
+async def test_a_bad_edit_is_refused_and_leaves_nothing(
+    service: Any, mp4: bytes, data: bytes | None, settings: dict[str, Any], param: str, why: str
+) -> None:
+    response = await edit(service, mp4 if data is None else data, **settings)
+    error = error_of(response, 400)
+    assert error["param"] == param
+    assert why in error["message"]
+    assert await service.jobs.num_queued() == 0
+    assert await service.artifacts.prefixes(-60) == []
+
+
+async def test_a_video_cut_in_the_middle_is_refused(service: Any, mp4: bytes) -> None:
+    error = error_of(await edit(service, mp4[: len(mp4) // 2]), 400)
+    assert (error["code"], error["param"]) == ("unreadable_video", "video")
+
+
+async def test_an_edit_without_a_video_says_what_to_send(service: Any) -> None:
+    response = await service.client.post("/v1/videos/edits", json={"prompt": "a"})
+    assert "video is missing" in error_of(response, 400)["message"]
+    for video in ("a.mp4", {"id": 7}, {"url": "https://example.com"}, 7):
+        response = await service.client.post("/v1/videos/edits", json={"prompt": "a", "video": video})
+        assert error_of(response, 400)["param"] == "video"
+
+
+async def test_only_ones_own_completed_videos_can_be_edited(tmp_path: Path, files: Files) -> None:
+    async with running(tmp_path, files, KEYS, ALICE) as service:
+        made = await service.completed()
+        unfinished = await service.create()
+        assert "completed" in error_of(await edit_of(service, unfinished["id"]), 400)["message"]
+        assert error_of(await edit_of(service, UNKNOWN), 404)
+        async with httpx2.AsyncClient(base_url=service.url, headers={"authorization": f"Bearer {BOB}"}) as bob:
+            body = {"prompt": "a", "video": {"id": made["id"]}}
+            assert error_of(await bob.post("/v1/videos/edits", json=body), 404)
+
+
+async def test_an_upload_that_is_too_large_is_refused(tmp_path: Path, files: Files, mp4: bytes) -> None:
+    async with running(
+        tmp_path, files, limits=Limits(max_body_bytes=1_000, max_upload_bytes=len(mp4) + 1_000)
+    ) as service:
+        assert (await edit(service, mp4)).status_code == 200
+        assert error_of(await edit(service, mp4 + b"\0" * 2_000), 413)
+        body = {"prompt": "a" * 2_000}
+        assert error_of(await service.client.post("/v1/videos", json=body), 413)  # others stay small
+
+
+async def test_the_api_answers_while_a_video_is_read(service: Any) -> None:
+    long = encode_video(picture_book(num_frames=300, height=256, width=256), fps=24)
+    reading = asyncio.create_task(edit(service, long, num_frames=8, fps=24))
+    slowest = 0.0
+    while not reading.done():
+        began = time.monotonic()
+        assert (await service.client.get("/healthz")).status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+    reading.result().raise_for_status()
+    assert slowest < 2.0  # it took no part in the reading: a guard against blocking, not a measurement
