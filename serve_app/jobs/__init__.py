@@ -3,12 +3,16 @@
 from serve_app.jobs.model import (
     ENDED,
     Artifact,
+    Census,
+    Change,
+    Ended,
     Heartbeat,
     Job,
     JobStatus,
     NewJob,
     Page,
     Progress,
+    Requeued,
     new_job_id,
 )
 from serve_app.jobs.outbox import Delivery, Outbox
@@ -17,7 +21,10 @@ from serve_app.jobs.store import JobStore
 __all__ = [
     "ENDED",
     "Artifact",
+    "Census",
+    "Change",
     "Delivery",
+    "Ended",
     "Heartbeat",
     "Job",
     "JobStatus",
@@ -26,5 +33,6 @@ __all__ = [
     "Outbox",
     "Page",
     "Progress",
+    "Requeued",
     "new_job_id",
 ]

@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as NoConnectionInTime
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from serve_app.errors import Unavailable
+from serve_app.jobs.model import Change
 from t2v_core.errors import InvalidRequest
 
 # PostgreSQL names the locks of applications by numbers; these are any that nobody else uses.
@@ -27,6 +28,8 @@ _PATIENCE = {
     "keepalives_count": 3,
 }
 
+_CHANGES = "changes"
+
 _Owner = TypeVar("_Owner", bound="_OnDatabase")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -35,11 +38,12 @@ _Result = TypeVar("_Result")
 class Database:
     """The database at "sqlite:///PATH" or "postgresql://...". Raises InvalidRequest for any other URL.
 
+    `on_change` is called with what became of jobs, as soon as it is committed.
     Transactions raise Unavailable where it cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
+    def __init__(self, url: str, on_change: Callable[[Change], None] = lambda _: None) -> None:
+        self._engine, self._on_change = _engine(url), on_change
         self._calls: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
@@ -65,7 +69,10 @@ class Database:
         """A transaction that is committed at the end, and rolled back by an error."""
         with _explained():
             async with self._engine.execution_options(writes=True).begin() as connection:
+                changes = connection.info[_CHANGES] = list[Change]()
                 yield connection
+        for change in changes:
+            self._on_change(change)
 
 
 class _OnDatabase(Protocol):
@@ -86,6 +93,11 @@ def finished(
         return await owner.database.finish(method(owner, *args, **kwargs))
 
     return call
+
+
+def tell(connection: AsyncConnection, change: Change) -> None:
+    """Have the transaction tell of a change when it is committed."""
+    connection.info[_CHANGES].append(change)
 
 
 async def lock(connection: AsyncConnection, what: Literal["setup", "queue", "claim"]) -> None:

@@ -120,3 +120,31 @@ class Page:
 
     jobs: list[Job]
     has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A job has ended."""
+
+    status: JobStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """A job is queued again. is_retry: since its attempt failed. is_resume: to go on from a checkpoint."""
+
+    is_retry: bool
+    is_resume: bool
+    steps_repeated: int
+
+
+Change = Ended | Requeued
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """How many jobs there are: by status, and those that wait by priority, the oldest of them for so many seconds."""
+
+    by_status: dict[JobStatus, int]
+    queued: dict[Priority, int]
+    oldest_queued_s: float

@@ -27,7 +27,7 @@ class Delivery:
         return f"evt_{self.job_id}_{self.number}"
 
 
-async def tell(connection: AsyncConnection, ended: Row[Any]) -> None:
+async def post(connection: AsyncConnection, ended: Row[Any]) -> None:
     """In the transaction in which the job ended."""
     event = f"video.{ended.status}"
     told: dict[str, Any] = {"job_id": ended.id, "event": event, "created_at": now_s()}

@@ -7,17 +7,17 @@ is due first is first: PATIENCE_S after it came, at once where it is urgent. Non
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from sqlalchemy import ColumnElement, Subquery, func, insert, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import QueueFull
 from serve_app.jobs.database import lock
-from serve_app.jobs.model import Job, NewJob
+from serve_app.jobs.model import Census, Job, JobStatus, NewJob
 from serve_app.jobs.schema import jobs, now_s
 from serve_app.jobs.transitions import job_of
-from t2v_core.engine.batching import PATIENCE_S
+from t2v_core.engine.batching import PATIENCE_S, Priority
 
 _WAITING = jobs.c.status == "queued"
 _RATE_OVER_S = 300.0
@@ -90,6 +90,21 @@ async def position(connection: AsyncConnection, job_id: str) -> int | None:
 async def num_queued(connection: AsyncConnection, owner: str | None) -> int:
     mine = [] if owner is None else [jobs.c.owner == owner]
     return await _count(connection, _WAITING, *mine)
+
+
+async def census(connection: AsyncConnection) -> Census:
+    """All jobs at this moment, by one query."""
+    age_s = now_s() - func.min(jobs.c.created_at)
+    groups = select(jobs.c.status, jobs.c.priority, func.count(), age_s).group_by(jobs.c.status, jobs.c.priority)
+    by_status: dict[JobStatus, int] = dict.fromkeys(get_args(JobStatus), 0)
+    queued: dict[Priority, int] = dict.fromkeys(get_args(Priority), 0)
+    oldest_queued_s = 0.0
+    for status, priority, num_jobs, oldest_s in await connection.execute(groups):
+        by_status[status] += num_jobs
+        if status == "queued":
+            queued[priority] = num_jobs
+            oldest_queued_s = max(oldest_queued_s, oldest_s)
+    return Census(by_status, queued, oldest_queued_s)
 
 
 async def check_bound(connection: AsyncConnection, bound: int | None, owner: str | None) -> None:

@@ -6,7 +6,7 @@ queue. The fence grows with every claim and is part of every write, so that an o
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound, Unavailable
 from serve_app.jobs.database import Database, finished, lock
-from serve_app.jobs.model import ENDED, Artifact, Heartbeat, Job, JobStatus, NewJob, Page, Progress
-from serve_app.jobs.queue import accepted_before, candidates, check_bound, enqueue, num_queued, position
+from serve_app.jobs.model import ENDED, Artifact, Census, Change, Heartbeat, Job, JobStatus, NewJob, Page, Progress
+from serve_app.jobs.queue import accepted_before, candidates, census, check_bound, enqueue, num_queued, position
 from serve_app.jobs.schema import add_missing_columns, jobs, metadata, now_s
 from serve_app.jobs.transitions import Rules, change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
 from t2v_core.errors import InvalidRequest
@@ -40,15 +40,21 @@ class JobStore:
 
     @classmethod
     async def open(
-        cls, url: str, *, max_attempts: int = 3, keep_ended_s: float = 86_400.0, patience_s: float = 0.0
+        cls,
+        url: str,
+        *,
+        max_attempts: int = 3,
+        keep_ended_s: float = 86_400.0,
+        patience_s: float = 0.0,
+        on_change: Callable[[Change], None] = lambda _: None,
     ) -> "JobStore":
         """The store at "sqlite:///PATH" or "postgresql://...", with its tables made if they are not there.
 
         A job fails for good after `max_attempts` attempts without progress; one that failed or was cancelled is kept
-        for `keep_ended_s`. A database that cannot be reached is waited for, `patience_s` long. Raises InvalidRequest
-        for another kind of URL.
+        for `keep_ended_s`. A database that cannot be reached is waited for, `patience_s` long. `on_change` is
+        told what becomes of jobs here. Raises InvalidRequest for another kind of URL.
         """
-        store = cls(Database(url), Rules(max_attempts, keep_ended_s))
+        store = cls(Database(url, on_change), Rules(max_attempts, keep_ended_s))
         deadline = time.monotonic() + patience_s
         try:
             while True:
@@ -263,7 +269,7 @@ class JobStore:
         async with self.database.writing() as connection:
             row = await held_row(connection, job_id, fence)
             if row is not None:
-                await requeue(connection, row, self._rules, attempts=row.attempts)
+                await requeue(connection, row, self._rules, attempts=row.attempts, is_retry=False)
             return row is not None
 
     @finished
@@ -332,6 +338,12 @@ class JobStore:
             rows = await connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
             found = {row[0]: row[1] for row in rows}
         return {status: found.get(status, 0) for status in (*_LIVE, *sorted(ENDED))}
+
+    @finished
+    async def census(self) -> Census:
+        """What there is, for those who watch the service."""
+        async with self.database.reading() as connection:
+            return await census(connection)
 
     @finished
     async def _make_tables(self) -> None:

@@ -14,8 +14,9 @@ from sqlalchemy import ColumnElement, Row, and_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import JobNotFound
-from serve_app.jobs.model import Artifact, Job, JobStatus
-from serve_app.jobs.outbox import tell
+from serve_app.jobs.database import tell
+from serve_app.jobs.model import Artifact, Ended, Job, JobStatus, Requeued
+from serve_app.jobs.outbox import post
 from serve_app.jobs.schema import jobs, now_s
 
 
@@ -89,16 +90,18 @@ async def end(
         **values,
     )
     if ended is not None:
-        await tell(connection, ended)
+        tell(connection, Ended(status))
+        await post(connection, ended)
     return ended is not None
 
 
-async def requeue(connection: AsyncConnection, row: Row[Any], rules: Rules, *, attempts: int) -> None:
+async def requeue(connection: AsyncConnection, row: Row[Any], rules: Rules, *, attempts: int, is_retry: bool) -> None:
     """Give a held and locked job back, to go on from its checkpoint. One that is to be cancelled ends here."""
     where = held(row.id, row.fence)
     if row.cancel_requested:
         await end(connection, where, "cancelled", keep_s=rules.keep_ended_s)
         return
+    changed = Requeued(is_retry, row.checkpoint_path is not None, max(0, row.step - row.checkpoint_step))
     await change(
         connection,
         where,
@@ -108,16 +111,17 @@ async def requeue(connection: AsyncConnection, row: Row[Any], rules: Rules, *, a
         lease_until=None,
         eta_s=None,
         step=row.checkpoint_step,
-        resumes=row.resumes + (row.checkpoint_path is not None),
-        steps_repeated=row.steps_repeated + max(0, row.step - row.checkpoint_step),
+        resumes=row.resumes + changed.is_resume,
+        steps_repeated=row.steps_repeated + changed.steps_repeated,
     )
+    tell(connection, changed)
 
 
 async def give_up_attempt(connection: AsyncConnection, row: Row[Any], rules: Rules, reason: str) -> None:
     """Requeue a held and locked job after an attempt that failed. It counts unless it gained a checkpoint."""
     attempts = row.attempts + (row.checkpoint_step <= row.claimed_step)
     if attempts < rules.max_attempts or row.cancel_requested:
-        await requeue(connection, row, rules, attempts=attempts)
+        await requeue(connection, row, rules, attempts=attempts, is_retry=True)
         return
     await end(
         connection,
