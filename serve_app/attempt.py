@@ -14,8 +14,10 @@ from serve_app.chain import Chain
 from serve_app.config import GeneratorConfig
 from serve_app.errors import ArtifactGone, Unavailable
 from serve_app.inputs import frames_of
+from serve_app.job_logs import name_job
 from serve_app.jobs import Artifact, Job, JobStore
 from serve_app.jobs import Progress as JobProgress
+from serve_app.metrics import Metrics
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableTrajectory
 from t2v_core.params import GenerationParams
 
@@ -37,6 +39,7 @@ class Tools:
     jobs: JobStore
     artifacts: ArtifactStore
     chain: Chain
+    metrics: Metrics
 
 
 class Attempt:
@@ -59,9 +62,12 @@ class Attempt:
 
     async def _work(self) -> None:
         job, jobs = self.job, self._tools.jobs
+        name_job(job.id, job.fence)
+        logger.info("job claimed: job=%s fence=%d step=%d", job.id, job.fence, job.checkpoint_step)
         try:
             await self._make_or_retry()
         except asyncio.CancelledError:
+            logger.info("attempt stopped: job=%s fence=%d reason=%s", job.id, job.fence, self._why_stopped)
             if self._why_stopped == "cancelled":
                 await jobs.cancelled(job.id, job.fence)
             elif self._why_stopped == "drained":
@@ -90,13 +96,16 @@ class Attempt:
 
     async def _make(self) -> None:
         job = self.job
+        waited_s = max(0.0, await self._tools.jobs.now() - job.created_at)
+        if job.fence == 1:  # later it has waited for what failed before
+            self._tools.metrics.stage("queue", waited_s)
         call = DenoiseCall(
             id=job.id,
             fence=job.fence,
             owners=(self._tools.owner,),
             params=await self._params(),
             priority=job.priority,
-            waited_s=max(0.0, await self._tools.jobs.now() - job.created_at),
+            waited_s=waited_s,
             trajectory=await self._saved_trajectory(),
             keeps_checkpoints=True,
             previews=True,
@@ -115,7 +124,11 @@ class Attempt:
                     rendered = event
         assert rendered is not None
         files = rendered.by_variant()
+        began = time.monotonic()
         if await self._patiently(lambda: self._complete(files)):
+            seconds = time.monotonic() - began
+            self._tools.metrics.stage("store", seconds)
+            logger.info("job completed: job=%s fence=%d store_s=%.3f", job.id, job.fence, seconds)
             await self._tools.artifacts.delete(self._trajectory)
         elif not await self._tools.jobs.names_prefix(self._folder):  # it was cancelled, or is somebody else's now
             await self._tools.artifacts.delete_prefix(f"{self._folder}/")

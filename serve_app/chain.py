@@ -26,7 +26,8 @@ class Chain:
         if call.params.video is not None and call.trajectory is None:
             with plain_errors("decoder"):
                 call = replace(call, video=await finished(self.decoder.encode.remote(call.params.video)))
-        conditioning = self.text_encoder.encode.remote(call.params)  # goes from stage to stage, and not through here
+        # It goes from stage to stage, and not through here.
+        conditioning = self.text_encoder.encode.remote(call.params, call.id, call.fence)
         stream = cast("DeploymentResponseGenerator[DenoiseEvent]", self.denoiser.denoise.remote(call, conditioning))
         latents = None
         try:
@@ -40,5 +41,5 @@ class Chain:
             stream.cancel()  # type: ignore[no-untyped-call]
         assert latents is not None
         with plain_errors("decoder"):
-            rendered: Rendered = await finished(self.decoder.decode.remote(latents, call.params))
+            rendered: Rendered = await finished(self.decoder.decode.remote(latents, call.params, call.id, call.fence))
         yield rendered

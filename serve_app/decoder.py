@@ -1,13 +1,17 @@
 """The decoder as a deployment: latents to frames in one thread, frames to files in others."""
 
 import asyncio
+import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
 from serve_app.calls import Rendered, RenderedFile
 from serve_app.config import DecoderConfig
-from serve_app.devices import place
+from serve_app.devices import place, tell_memory
+from serve_app.job_logs import log_through_serve, name_job
+from serve_app.metrics import Metrics
 from t2v_core import stages
 from t2v_core.graphs import replay_decoder
 from t2v_core.media import VideoFormat
@@ -16,6 +20,8 @@ from t2v_core.pictures import encode_spritesheet, encode_thumbnail
 from t2v_core.video import Video
 from t2v_core.weights import load_autoencoder, public_name
 
+logger = logging.getLogger(__name__)
+
 MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif"}
 
 
@@ -23,9 +29,11 @@ class Decoder:
     """Final latents to the files of a video."""
 
     def __init__(self, model: str, revision: str | None, config: DecoderConfig) -> None:
-        checkpoint, device, dtype = place(model, revision, config)
+        log_through_serve()
+        self._metrics = Metrics()
+        checkpoint, self._device, dtype = place(model, revision, config)
         self._model = public_name(model)
-        self._network = replay_decoder(load_autoencoder(checkpoint, device, dtype))
+        self._network = replay_decoder(load_autoencoder(checkpoint, self._device, dtype))
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device
         self._encoding = ThreadPoolExecutor(config.encoding_threads, thread_name_prefix="encode")
 
@@ -35,14 +43,29 @@ class Decoder:
         encoded = await loop.run_in_executor(self._decoding, stages.encode_frames, self._network, frames)
         return encoded.to("cpu")
 
-    async def decode(self, latents: Tensor, params: GenerationParams) -> Rendered:
+    async def decode(self, latents: Tensor, params: GenerationParams, job_id: str, fence: int) -> Rendered:
         """The video's files. latents: (c, f, h, w). Raises GenerationFailed where they are not finite."""
+        name_job(job_id, fence)
+        began = time.monotonic()
         loop = asyncio.get_running_loop()
         frames = await loop.run_in_executor(self._decoding, stages.decode_frames, self._network, latents)
+        decoded = time.monotonic()
+        tell_memory(self._metrics, self._device)
         video, thumbnail, spritesheet = await asyncio.gather(
             loop.run_in_executor(self._encoding, Video(frames, params, self._model).encode),
             loop.run_in_executor(self._encoding, encode_thumbnail, frames),
             loop.run_in_executor(self._encoding, encode_spritesheet, frames),
+        )
+        encoded = time.monotonic()
+        self._metrics.stage("decode", decoded - began)
+        self._metrics.stage("encode", encoded - decoded)
+        logger.info(
+            "video decoded: job=%s fence=%d decode_s=%.3f encode_s=%.3f num_bytes=%d",
+            job_id,
+            fence,
+            decoded - began,
+            encoded - decoded,
+            len(video),
         )
         return Rendered(
             RenderedFile(f"video.{params.format}", video, MEDIA_TYPES[params.format]),

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, DenoiserStatus, PreviewPicture, Progress
 from serve_app.config import DenoiserConfig
 from serve_app.devices import place
+from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import Superseded, Unavailable
+from serve_app.job_logs import fields, log_through_serve, name_job
+from serve_app.metrics import Metrics
 from serve_app.owners import gone, this_replica
 from t2v_core import stages
 from t2v_core.denoising import Denoising
@@ -71,7 +74,8 @@ class Denoiser:
     """Requests to latents. All that it holds of a request is in the engine, and goes where its caller goes."""
 
     def __init__(self, model: str, revision: str | None, config: DenoiserConfig) -> None:
-        self._config = config
+        log_through_serve()
+        self._config, self._metrics = config, Metrics()
         weights, self._device, self._dtype = place(model, revision, config)
         unet = replayed_unet(load_unet(weights, self._device, self._dtype))
         self._schedule = Schedule(weights.config.schedule)
@@ -82,6 +86,7 @@ class Denoiser:
             unmeasured_rows=2 * config.max_ongoing,
         )
         self._engine = Engine(unet, budgets, previewer=previewer)
+        self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters, self._device)
         self._thread = EngineThread(self._engine, self._hand_over)
         self._live: dict[str, _Live] = {}  # by engine id
         self._watch: asyncio.Task[None] | None = None
@@ -93,6 +98,7 @@ class Denoiser:
         Raises Superseded where a later attempt of the same request is here or comes, GenerationFailed,
         UnreadableTrajectory, and Unavailable where this replica cannot work.
         """
+        began = time.monotonic()
         if self._thread.failure:
             await asyncio.sleep(_BROKEN_PAUSE_S)  # a quick no would only draw more calls, until Serve has replaced it
             self.check_health()
@@ -101,14 +107,27 @@ class Denoiser:
         self._live[live.engine_id] = live
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_owners())
+        name_job(call.id, call.fence)  # not before: the watch is on behalf of all calls
         try:
             denoising = await asyncio.to_thread(self._prepare, call, conditioning)
             if live.why_stopped is not None:  # meanwhile, when the engine did not know it yet
                 raise live.superseded()
+            trajectory = denoising.trajectory
+            logger.info(
+                "denoising: job=%s fence=%d step=%d num_steps=%d",
+                call.id,
+                call.fence,
+                trajectory.step_index,
+                trajectory.num_steps,
+            )
             every = self._config.preview_every_steps if call.previews else 0
             self._heard_s = time.monotonic()
             self._thread.add(Request(live.engine_id, denoising, call.priority, None, call.waited_s, every))
             async for event in self._follow(live):
+                if isinstance(event, Denoised):
+                    seconds = time.monotonic() - began
+                    self._metrics.stage("denoise", seconds)
+                    logger.info("denoised: job=%s fence=%d denoise_s=%.3f", call.id, call.fence, seconds)
                 yield event
         finally:
             self._thread.cancel(live.engine_id)
@@ -179,6 +198,8 @@ class Denoiser:
 
     def _stop(self, live: _Live, why: str) -> None:
         live.why_stopped = why
+        job_id, fence = live.call.id, live.call.fence
+        logger.info("denoising stopped: job=%s fence=%d reason=%s", job_id, fence, why, extra=fields(job_id, fence))
         self._thread.cancel(live.engine_id)
 
     async def _watch_owners(self) -> None:
@@ -197,6 +218,7 @@ class Denoiser:
     def _hand_over(self, event: Event) -> None:
         """In the engine's thread: to the call that the event is for, if that still listens."""
         self._heard_s = time.monotonic()
+        self._engine_metrics.tell(event)
         live = self._live.get(event.id)
         if live is not None:
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens

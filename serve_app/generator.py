@@ -15,7 +15,10 @@ from serve_app.attempt import Attempt, Tools
 from serve_app.calls import Checkpoint, DenoiseCall, GeneratedVideo, PreviewPicture, Progress, Rendered
 from serve_app.chain import Chain
 from serve_app.config import DATABASE_PATIENCE_S, GeneratorConfig, StorageConfig, WebhooksConfig
+from serve_app.job_logs import fields, log_through_serve, name_job
+from serve_app.job_metrics import count_change, tell_census
 from serve_app.jobs import JobStore, Outbox
+from serve_app.metrics import ATTEMPTS, Metrics
 from serve_app.owners import this_replica
 from serve_app.sweeper import sweep
 from serve_app.webhooks import Deliverer
@@ -24,6 +27,7 @@ from t2v_core.params import GenerationParams
 logger = logging.getLogger(__name__)
 
 _TOLD_FOR_S = 7 * 86_400.0  # how long it is kept who was told of what
+_CENSUS_EVERY_S = 5.0
 _SWEPT_AFTER_S = 60.0  # beside two leases: what an attempt has written, but not yet named, must stay
 
 
@@ -41,6 +45,8 @@ class Generator:
         denoiser: "DeploymentHandle[Any]",
         decoder: "DeploymentHandle[Any]",
     ) -> None:
+        log_through_serve()
+        self._metrics = Metrics()
         self._config, self._max_jobs, self._urgent_reserve = config, max_jobs, urgent_reserve
         self._name = this_replica()
         self._jobs = await JobStore.open(
@@ -48,6 +54,7 @@ class Generator:
             max_attempts=config.max_attempts,
             keep_ended_s=config.expires_in_s,
             patience_s=DATABASE_PATIENCE_S,
+            on_change=partial(count_change, self._metrics),
         )
         self._tools = Tools(
             owner=self._name,
@@ -55,6 +62,7 @@ class Generator:
             jobs=self._jobs,
             artifacts=ArtifactStore(storage.artifacts, storage.artifact_options),
             chain=Chain(text_encoder, denoiser.options(stream=True), decoder),
+            metrics=self._metrics,
         )
         self._attempts: dict[str, Attempt] = {}  # by job
         self._woken = asyncio.Event()
@@ -68,6 +76,7 @@ class Generator:
             asyncio.create_task(self._repeat(self._beat, config.heartbeat_s)),
             asyncio.create_task(self._repeat(self._reap, config.lease_s / 2)),
             asyncio.create_task(self._repeat(self._sweep, config.sweep_every_s)),
+            asyncio.create_task(self._repeat(self._tell_census, _CENSUS_EVERY_S)),
         ]
 
     async def wake(self) -> None:
@@ -119,6 +128,8 @@ class Generator:
             params=params,
             previews=previews,
         )
+        name_job(call.id, call.fence)
+        logger.info("called: job=%s", call.id)
         async with aclosing(self._tools.chain.run(call)) as events:
             async for event in events:
                 if isinstance(event, Rendered):
@@ -142,7 +153,7 @@ class Generator:
             return
         claimed = await self._jobs.claim(self._name, limit=room, lease_s=self._config.lease_s, urgent_only=urgent_only)
         for job in claimed:
-            logger.info("job claimed: job=%s fence=%d step=%d", job.id, job.fence, job.checkpoint_step)
+            self._metrics.count(ATTEMPTS)
             if job.id in self._attempts:  # its lease had run out, and nobody was quicker than we
                 self._attempts[job.id].stop("lost")
             attempt = self._attempts[job.id] = Attempt(job, self._tools)
@@ -153,7 +164,9 @@ class Generator:
             del self._attempts[attempt.job.id]
         if not task.cancelled() and (error := task.exception()) is not None:
             # Its lease runs out, and the job is taken from there.
-            logger.error("an attempt could not be ended: job=%s error=%r", attempt.job.id, error)
+            job = attempt.job
+            extra = fields(job.id, job.fence)
+            logger.error("an attempt could not be ended: job=%s error=%r", job.id, error, extra=extra)
         self._woken.set()
 
     async def _beat(self) -> None:
@@ -176,6 +189,9 @@ class Generator:
     async def _sweep(self) -> None:
         await sweep(self._jobs, self._tools.artifacts, min_age_s=2 * self._config.lease_s + _SWEPT_AFTER_S)
         await self._outbox.forget(_TOLD_FOR_S)
+
+    async def _tell_census(self) -> None:
+        await tell_census(self._metrics, self._jobs)
 
     async def _repeat(
         self, action: Callable[[], Awaitable[None]], every_s: float, woken: asyncio.Event | None = None

@@ -18,7 +18,10 @@ from serve_app.auth import ApiKeys
 from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
 from serve_app.config import DATABASE_PATIENCE_S, IngressConfig, KeysConfig, StorageConfig, WebhooksConfig
 from serve_app.events import Watcher
+from serve_app.job_logs import log_through_serve
+from serve_app.job_metrics import count_change
 from serve_app.jobs import JobStore
+from serve_app.metrics import Metrics
 from serve_app.owners import ray_job, this_replica
 from serve_app.remote import finished, plain_errors
 from serve_app.webhooks import check_url
@@ -43,11 +46,14 @@ class Ingress:
         revision: str | None,
         generator: "DeploymentHandle[Any]",
     ) -> None:
+        log_through_serve()
         self._generator = generator
         self._name = this_replica()
         self._app_name = serve.get_replica_context().app_name
         self._defaults = open_checkpoint(model, revision=revision).config.defaults
-        self._jobs = await JobStore.open(storage.database, patience_s=DATABASE_PATIENCE_S)
+        self._jobs = await JobStore.open(
+            storage.database, patience_s=DATABASE_PATIENCE_S, on_change=partial(count_change, Metrics())
+        )
         self._watcher = Watcher(self._jobs)
         self._status: tuple[float, ApplicationStatusOverview | None] = (0.0, None)
         self._parts = ApiParts(

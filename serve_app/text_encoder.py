@@ -1,6 +1,8 @@
 """The text encoder as a deployment: prompts that arrive together are one batch, and those seen before are kept."""
 
 import asyncio
+import logging
+import time
 from collections import OrderedDict
 
 from ray import serve
@@ -8,17 +10,23 @@ from torch import Tensor, inference_mode
 
 from serve_app.config import TextEncoderConfig
 from serve_app.devices import place
+from serve_app.job_logs import log_through_serve, name_job
+from serve_app.metrics import Metrics
 from t2v_core import stages
 from t2v_core.guidance import Conditioning
 from t2v_core.params import GenerationParams
 from t2v_core.text_encoder import Tokenizer
 from t2v_core.weights import load_text_encoder
 
+logger = logging.getLogger(__name__)
+
 
 class TextEncoder:
     """Prompts to text embeddings."""
 
     def __init__(self, model: str, revision: str | None, config: TextEncoderConfig) -> None:
+        log_through_serve()
+        self._metrics = Metrics()
         checkpoint, device, dtype = place(model, revision, config)
         self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
         self._network = load_text_encoder(checkpoint, device, dtype)
@@ -29,10 +37,16 @@ class TextEncoder:
             self._embed_together
         )
 
-    async def encode(self, params: GenerationParams) -> Conditioning:
+    async def encode(self, params: GenerationParams, job_id: str, fence: int) -> Conditioning:
         """What steers the request. Raises InvalidRequest for a prompt that is too long."""
+        name_job(job_id, fence)
+        began = time.monotonic()
         token_ids = stages.tokenize(self._tokenizer, params)
-        return stages.conditioning_of(await asyncio.gather(*map(self._embed, token_ids)), params)
+        embeds = await asyncio.gather(*map(self._embed, token_ids))
+        seconds = time.monotonic() - began
+        self._metrics.stage("text", seconds)
+        logger.info("text encoded: job=%s fence=%d text_s=%.3f", job_id, fence, seconds)
+        return stages.conditioning_of(embeds, params)
 
     async def _embed(self, token_ids: Tensor) -> Tensor:
         """(chunks, 77) -> (chunks * 77, d), from the cache if it is there."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Annotated, Literal, TypeVar
@@ -17,6 +18,7 @@ from serve_app.bodies import Upload, read_body
 from serve_app.content import content_response
 from serve_app.errors import JobEnded, JobLive
 from serve_app.events import Seen, job_events, news
+from serve_app.job_logs import name_job
 from serve_app.jobs.model import Job, NewJob
 from serve_app.parts import ApiParts, Owner, Parts
 from serve_app.requests import generation_params, new_job, parse, remixed_params
@@ -32,6 +34,8 @@ from serve_app.schemas import (
     video_object,
 )
 from t2v_core.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 _POLL_AFTER_MS = "500"  # the openai client keeps the first it gets, and sleeps so long between two looks
 _STOP_WITHIN_S = 10.0  # how long DELETE waits for a live job to stop; a step of the largest request is shorter
@@ -165,6 +169,8 @@ async def delete_video(video_id: str, parts: Parts, owner: Owner) -> DeletedVide
     except JobLive:
         await _stop(video_id, parts, owner)
         await parts.jobs.delete(video_id, owner)
+    name_job(video_id)
+    logger.info("job deleted: job=%s", video_id)
     # The row first: files that no row names are swept away, a row without its files would be a broken promise.
     await parts.artifacts.delete_prefix(f"{video_id}/")
     return DeletedVideo(id=video_id)
@@ -173,6 +179,8 @@ async def delete_video(video_id: str, parts: Parts, owner: Owner) -> DeletedVide
 async def cancel_video(video_id: str, parts: Parts, owner: Owner) -> VideoObject:
     """Stop a video: at once while it is queued, at its next step while it is made."""
     job = await parts.jobs.cancel(video_id, owner)
+    name_job(job.id)
+    logger.info("cancel accepted: job=%s status=%s", job.id, job.status)
     await parts.wake()
     return video_object(job)
 
@@ -227,6 +235,8 @@ async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: T
     finally:
         if frames is not None and not is_new:
             await parts.artifacts.delete_prefix(f"{new.id}/")
+    name_job(job.id)
+    logger.info("job accepted: job=%s priority=%s is_new=%s", job.id, job.priority, is_new)
     await parts.wake()
     response.headers["openai-poll-after-ms"] = _POLL_AFTER_MS
     return video_object(job)

@@ -13,6 +13,7 @@ from serve_app.calls import Checkpoint, DenoiseCall, Progress, Rendered, Rendere
 from serve_app.config import GeneratorConfig
 from serve_app.errors import Unavailable
 from serve_app.jobs import Job, JobStore, NewJob, new_job_id
+from serve_app.metrics import Metrics
 from serve_app.sweeper import sweep
 from t2v_core.config import GenerationDefaults
 from t2v_core.errors import EngineBroken, GenerationFailed, UnreadableTrajectory
@@ -59,7 +60,7 @@ class Bench:
     async def attempt(self, stages: Stages) -> Attempt:
         (job,) = await self.jobs.claim(OWNER, limit=1, lease_s=30)
         config = GeneratorConfig(outage_s=5.0)
-        return Attempt(job, Tools(OWNER, config, self.jobs, self.artifacts, stages))  # type: ignore[arg-type]
+        return Attempt(job, Tools(OWNER, config, self.jobs, self.artifacts, stages, Metrics()))  # type: ignore[arg-type]
 
     async def job(self) -> Job:
         return await self.jobs.get(self.job_id)

@@ -30,6 +30,13 @@ def test_every_file_is_what_serve_deploys(file):
     AppConfig.model_validate(application.args)
 
 
+@pytest.mark.parametrize("name", ["cluster", "gpu"])
+def test_a_deployment_logs_json(name):
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load((SERVE / f"{name}.yaml").read_text()))
+    assert deployed.logging_config is not None
+    assert deployed.logging_config.encoding == "JSON"
+
+
 def test_several_nodes_never_share_a_folder_or_sqlite():
     config = AppConfig.model_validate(yaml.safe_load((SERVE / "cluster.yaml").read_text())["applications"][0]["args"])
     assert config.storage.database.startswith("postgresql://")
