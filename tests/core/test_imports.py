@@ -155,6 +155,7 @@ SERVICE_ALLOWED = {
         "webhooks",
     },
     "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
+    "client": set(),
     "cli": {"app", "config", "webhooks"},
 }
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.

@@ -100,7 +100,9 @@ def test_the_examples_of_the_guide_run_one_after_the_other(service: Running, tmp
     assert out.returncode == 0, out.stderr
     assert "Progress(step=" in out.stdout
     assert "GeneratedVideo(" in out.stdout
-    for name in ("circle.mp4", "circle.webp", "star.mp4"):
+    assert "completed ['A small green triangle" in out.stdout
+    assert "400 invalid_value size" in out.stdout
+    for name in ("circle.mp4", "circle.webp", "triangle.mp4", "star.mp4"):
         assert (tmp_path / name).stat().st_size > 500
 
 
