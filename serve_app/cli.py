@@ -1,4 +1,7 @@
-"""The command line of the whole: what `t2v_core.cli` has, and `t2v serve`. Ray is imported only where it is needed."""
+"""The command line of the whole: what `t2v_core.cli` has, `t2v serve`, and the commands for a running service.
+
+Torch and Ray are imported only by the commands that need them.
+"""
 
 import logging
 import os
@@ -10,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
+from typer.core import TyperGroup
 
-from t2v_core.cli import app, errors_explained
-from t2v_core.errors import GenerationFailed, InvalidRequest, OutputError
+from serve_app.commands import commands
 
 if TYPE_CHECKING:
     from serve_app.config import AppConfig
@@ -21,6 +25,40 @@ __all__ = ["app"]
 
 _OBJECT_STORE_BYTES = 256 << 20  # latents and videos on their way are a few MB
 _APP_NAME = "t2v"
+
+
+class _WithCore(TyperGroup):
+    """Has the commands of `t2v_core.cli` as well, which imports torch, once one of them or all are asked for."""
+
+    # Any: typer has moved the types of click between its releases.
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*_core().list_commands(ctx), *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or _core().get_command(ctx, cmd_name)
+
+
+def _core() -> TyperGroup:
+    from t2v_core.cli import app
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return group
+
+
+app = typer.Typer(
+    cls=_WithCore,
+    help="Text to video with ModelScope's 1.7 B diffusion model.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.add_typer(commands)
+
+
+@app.callback()
+def _logging() -> None:
+    handler = RichHandler(console=Console(stderr=True))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 @app.command()
@@ -36,6 +74,9 @@ def serve(
     once: Annotated[bool, typer.Option("--once", help="Stop after the first video.")] = False,
 ) -> None:
     """Serve the model on this machine, in the foreground: HTTP API and web page. Ctrl-C stops it; jobs are kept."""
+    from t2v_core.cli import errors_explained
+    from t2v_core.errors import InvalidRequest
+
     console = Console(stderr=True)
     with errors_explained(console):
         app_config = _app_config(config, model)
@@ -108,35 +149,22 @@ def _serve(
 
 def _make_first(console: Console, url: str, prompt: str, output: Path, key: str | None) -> None:
     """A video through the HTTP API, as any client makes one."""
-    import httpx2
-    from rich.progress import Progress
+    from serve_app.client import ApiError, Client
+    from serve_app.commands import watched
+    from t2v_core.errors import GenerationFailed, OutputError
 
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx2.Client(base_url=url, headers=headers, timeout=60) as client, Progress(console=console) as bar:
-        task = bar.add_task("Denoising", total=100)
-        video = _answer(client.post("/v1/videos", json={"prompt": prompt}))
-        while video["status"] in ("queued", "in_progress"):
-            time.sleep(0.25)
-            video = _answer(client.get(f"/v1/videos/{video['id']}"))
-            bar.update(task, completed=video["progress"])
-        if video["status"] != "completed":
-            raise GenerationFailed(
-                f"video {video['id']}: {video['status']} ({video['error']}); see the logs in /tmp/ray"
-            )
-        content = client.get(f"/v1/videos/{video['id']}/content")
-        content.raise_for_status()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content.content)
+        with Client(url, key) as client:
+            video = watched(console, client, client.create(prompt).id)
+            if video.status != "completed":
+                raise GenerationFailed(f"video {video.id}: {video.status} ({video.error}); see the logs in /tmp/ray")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            client.download(video.id, output)
+    except ApiError as error:
+        raise GenerationFailed(f"the first video: {error}") from error
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another path") from error
-    console.print(f"{output}: {video['size']}, {video['num_frames']} frames, seed {video['seed']}", highlight=False)
-
-
-def _answer(response: Any) -> dict[str, Any]:  # Any: JSON
-    response.raise_for_status()
-    answer: dict[str, Any] = response.json()
-    return answer
+    console.print(f"{output}: {video.size}, {video.num_frames} frames, seed {video.seed}", highlight=False)
 
 
 def _app_config(path: Path | None, model: str | None) -> "AppConfig":
@@ -145,6 +173,7 @@ def _app_config(path: Path | None, model: str | None) -> "AppConfig":
     from pydantic import ValidationError
 
     from serve_app.config import AppConfig
+    from t2v_core.errors import InvalidRequest
 
     values: dict[str, Any] = {}
     if path is not None:
@@ -173,6 +202,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_port(host: str, port: int) -> None:
+    from t2v_core.errors import InvalidRequest
+
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -156,7 +156,8 @@ SERVICE_ALLOWED = {
     },
     "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
     "client": set(),
-    "cli": {"app", "config", "webhooks"},
+    "commands": {"client"},
+    "cli": {"app", "client", "commands", "config", "webhooks"},
 }
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
 LIBRARIES = {

@@ -38,7 +38,9 @@ def test_every_file_of_the_tour_exists(path):
 
 
 def test_the_options_named_exist():
-    options = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
+    group = get_command(app)
+    named = [group.get_command(None, name) for name in group.list_commands(None)]
+    options = {option for command in named for parameter in command.params for option in parameter.opts}
     commands = re.findall(r"^    t2v .+$", README, flags=re.MULTILINE)
     assert commands
     for option in re.findall(r"\s(--?[a-z][a-z-]*)", "\n".join(commands)):
