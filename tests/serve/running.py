@@ -124,7 +124,7 @@ def wait_for(condition: Callable[[], Any], within_s: float = 60.0, every_s: floa
 
 
 @contextmanager
-def ray_started(num_cpus: int = 16) -> Iterator[None]:
+def ray_started(num_cpus: int = 16, metrics_port: int | None = None) -> Iterator[None]:
     """A Ray of our own, on ports of its own, ended by the pids of what it started."""
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
     ray.init(
@@ -134,6 +134,7 @@ def ray_started(num_cpus: int = 16) -> Iterator[None]:
         object_store_memory=200 << 20,
         logging_level="ERROR",
         log_to_driver=False,
+        _metrics_export_port=metrics_port,
     )
     try:
         yield
@@ -142,18 +143,22 @@ def ray_started(num_cpus: int = 16) -> Iterator[None]:
 
 
 @contextmanager
-def running(config: AppConfig) -> Iterator[Running]:
+def running(config: AppConfig, **logging_config: str) -> Iterator[Running]:
     """The service with this configuration, until the end of the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     try:
-        serve.run(build(config), name=APP)
+        serve.run(build(config), name=APP, logging_config=logging_config or None)
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             yield Running(f"http://127.0.0.1:{port}", config, client)
     finally:
         serve.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
