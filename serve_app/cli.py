@@ -95,6 +95,9 @@ def webhook_secret(
     config: Annotated[Path, typer.Option(help="The YAML file that the service is started with.")],
 ) -> None:
     """Print the secret with which that key's webhooks are signed, for whoever receives them."""
+    from t2v_core.cli import errors_explained
+    from t2v_core.errors import InvalidRequest
+
     with errors_explained(Console(stderr=True)):
         from serve_app.webhooks import signing_secret
 
@@ -130,9 +133,10 @@ def _serve(
             log_to_driver=False,
         )
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-        serve.run(build(config), name=_APP_NAME, blocking=False)
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     try:
+        with console.status(f"Starting {config.model}"):
+            _run(build(config))
         console.print(f"{url}: the page, and the API under /v1 ({time.monotonic() - started:.0f} s)", highlight=False)
         if first_prompt is not None:
             _make_first(console, url, first_prompt, first_output, os.environ.get("T2V_KEY"))
@@ -145,6 +149,24 @@ def _serve(
         with console.status("Stopping"):
             serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
+
+
+def _run(application: Any) -> None:  # Any: Ray is not imported for its types alone
+    """Raises Unavailable, with what each deployment said, where they do not start."""
+    from ray import serve
+
+    from serve_app.errors import Unavailable
+
+    try:
+        serve.run(application, name=_APP_NAME, blocking=False)
+    except RuntimeError as error:
+        deployments = serve.status().applications[_APP_NAME].deployments
+        last_lines = [deployment.message.strip().splitlines()[-1:] for deployment in deployments.values()]
+        reasons = dict.fromkeys(line for lines in last_lines for line in lines)  # each but once
+        raise Unavailable(
+            f"the service did not start ({'; '.join(reasons) or error}): all that it said is in "
+            "/tmp/ray/session_latest/logs/serve"
+        ) from error
 
 
 def _make_first(console: Console, url: str, prompt: str, output: Path, key: str | None) -> None:

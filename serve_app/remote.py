@@ -18,8 +18,11 @@ def plain_errors(part: str) -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
-        if isinstance(error.cause, T2VError):
-            raise error.cause from None
+        cause = error.cause
+        while isinstance(cause, RayTaskError):  # it came through several deployments
+            cause = cause.cause
+        if isinstance(cause, T2VError):
+            raise cause from None
         raise Unavailable(f"the {part} failed ({_last_line(error)}): try again") from error
     except (RayError, RayServeException) as error:
         raise Unavailable(f"the {part} was lost ({type(error).__name__}): try again") from error
