@@ -70,11 +70,16 @@ def submit(
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
     format: Annotated[VideoFormat | None, typer.Option(help="If the output's name does not say it.")] = None,
     priority: Annotated[Priority | None, typer.Option(help="Which of those that wait comes first.")] = None,
+    webhook_url: Annotated[str | None, typer.Option(help="Told when the video has ended.")] = None,
+    video: Annotated[str | None, typer.Option(help="Make it of this one: a file, or a completed video's id.")] = None,
+    strength: Annotated[float | None, typer.Option(help="With --video: how much is made anew, up to 1.")] = None,
     url: Url = LOCAL,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Queue a video of what PROMPT says, and print its id."""
+    if strength is not None and video is None:
+        raise typer.BadParameter(f"--strength {strength:g}: is of an edit; give a --video as well, or leave it out")
     console = _console()
     with _explained(console), Client(url, key) as client:
         settings: VideoSettings = {
@@ -90,21 +95,26 @@ def submit(
             "negative_prompt": negative_prompt,
             "format": format if output is None else _format_of(output, format),
             "priority": priority,
+            "webhook_url": webhook_url,
         }
-        video = client.create(prompt, **settings)
-        if not as_json:
-            typer.echo(video.id)
-        if wait or output is not None:
-            with _left_running(console, video.id):
-                video = watched(console, client, video.id)
-                if output is not None and video.status == "completed":
-                    _download(client, video.id, output, "video")
+        if video is None:
+            made = client.create(prompt, **settings)
         else:
-            _say(console, f"Queued; `t2v watch {video.id}` shows how far it is.")
-        if as_json:
-            typer.echo(video.model_dump_json())
+            source = Path(video) if Path(video).exists() else video
+            made = client.edit(prompt, source, strength=strength, **settings)
+        if not as_json:
+            typer.echo(made.id)
         if wait or output is not None:
-            _say_ended(console, video)
+            with _left_running(console, made.id):
+                made = watched(console, client, made.id)
+                if output is not None and made.status == "completed":
+                    _download(client, made.id, output, "video")
+        else:
+            _say(console, f"Queued; `t2v watch {made.id}` shows how far it is.")
+        if as_json:
+            typer.echo(made.model_dump_json())
+        if wait or output is not None:
+            _say_ended(console, made)
 
 
 @commands.command()

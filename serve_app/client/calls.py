@@ -34,25 +34,39 @@ class Call:
     params: Mapping[str, str | int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, object] | None = None
+    file: tuple[str, bytes] | None = None  # the body's "video", which makes it a form
     is_repeatable: bool = True
     silence_s: float | None = None  # how long an answer may pause; None is the client's own timeout
 
     def request(self, client: httpx2.Client | httpx2.AsyncClient, timeout_s: float) -> httpx2.Request:
         """The request of this call."""
         timeout = httpx2.Timeout(timeout_s, read=self.silence_s or timeout_s)
-        return client.build_request(
-            self.method,
-            self.path,
-            params=dict(self.params),
-            headers=dict(self.headers),
-            json=None if self.body is None else dict(self.body),
-            timeout=timeout,
-        )
+        url, params, headers = self.path, dict(self.params), dict(self.headers)
+        if self.file is not None:
+            form = _form(self.body or {})
+            files = {"video": self.file}
+            return client.build_request(
+                self.method, url, params=params, headers=headers, data=form, files=files, timeout=timeout
+            )
+        body = None if self.body is None else dict(self.body)
+        return client.build_request(self.method, url, params=params, headers=headers, json=body, timeout=timeout)
 
 
 def create_call(prompt: str, settings: VideoSettings, idempotency_key: str | None) -> Call:
     body = {"prompt": prompt, **{name: value for name, value in settings.items() if value is not None}}
     return Call("POST", "/v1/videos", headers=_idempotent(idempotency_key), body=body)
+
+
+def edit_call(
+    prompt: str, video: str | Path | bytes, strength: float | None, settings: VideoSettings, idempotency_key: str | None
+) -> Call:
+    body: dict[str, object] = {"prompt": prompt}
+    body |= {name: value for name, value in {**settings, "strength": strength}.items() if value is not None}
+    headers = _idempotent(idempotency_key)
+    if isinstance(video, str):
+        return Call("POST", "/v1/videos/edits", headers=headers, body={**body, "video": {"id": video}})
+    file = ("video", video) if isinstance(video, bytes) else (video.name, video.read_bytes())
+    return Call("POST", "/v1/videos/edits", headers=headers, body=body, file=file)
 
 
 def remix_call(video_id: str, prompt: str, idempotency_key: str | None) -> Call:
@@ -83,6 +97,17 @@ def content_call(video_id: str, variant: Variant) -> Call:
 def events_call(video_id: str, last_event_id: str | None) -> Call:
     headers = {"accept": "text/event-stream"} | ({"last-event-id": last_event_id} if last_event_id else {})
     return Call("GET", f"{_path(video_id)}/events", headers=headers, silence_s=_SILENCE_S)
+
+
+def _form(body: Mapping[str, object]) -> dict[str, str]:
+    """A body's values as text, and those of a mapping one by one."""
+    form: dict[str, str] = {}
+    for name, value in body.items():
+        if isinstance(value, Mapping):
+            form |= {f"{name}[{key}]": str(inner) for key, inner in value.items()}
+        else:
+            form[name] = str(value)
+    return form
 
 
 class Options(TypedDict):

@@ -32,6 +32,7 @@ class VideoSettings(TypedDict, total=False):
     format: VideoFormat | None
     priority: Priority | None
     metadata: dict[str, str] | None
+    webhook_url: str | None
 
 
 class _Answer(BaseModel):
@@ -67,6 +68,7 @@ class Video(_Answer):
     fps: int
     num_inference_steps: int
     guidance_scale: float
+    strength: float | None
     sampler: str
     format: str
     priority: str

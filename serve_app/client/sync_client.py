@@ -56,6 +56,21 @@ class Client:
         """
         return self._video(calls.create_call(prompt, settings, idempotency_key))
 
+    def edit(
+        self,
+        prompt: str,
+        video: str | Path | bytes,
+        *,
+        strength: float | None = None,
+        idempotency_key: str | None = None,
+        **settings: Unpack[VideoSettings],
+    ) -> Video:
+        """Queue a video that is made of another one: a completed video by its id, a file, or a file's bytes.
+
+        `strength`, from above 0 to 1, says how much of it is made anew. Raises OSError for a file that cannot be read.
+        """
+        return self._video(calls.edit_call(prompt, video, strength, settings, idempotency_key))
+
     def remix(self, video_id: str, prompt: str, *, idempotency_key: str | None = None) -> Video:
         """Queue a video with the seed and the settings of another one, and this prompt."""
         return self._video(calls.remix_call(video_id, prompt, idempotency_key))

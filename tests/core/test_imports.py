@@ -157,7 +157,7 @@ SERVICE_ALLOWED = {
     "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
     "client": set(),
     "commands": {"client"},
-    "cli": {"app", "client", "commands", "config", "webhooks"},
+    "cli": {"app", "client", "commands", "config", "errors", "webhooks"},
 }
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
 LIBRARIES = {

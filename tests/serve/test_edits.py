@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import pytest
 import torch
 from anyio import to_thread
 from api_service import ALICE, BOB, KEYS, UNKNOWN, Files, error_of, running
+from typer.testing import CliRunner
 
 from serve_app import inputs
 from serve_app.api import Limits
+from serve_app.cli import app
+from serve_app.client import AsyncClient, BadRequest, Client
 from t2v_core.media import encode_video
 
 pytestmark = pytest.mark.anyio
@@ -81,6 +85,36 @@ async def test_the_openai_client_edits_a_file(service: Any, mp4: bytes) -> None:
     source = ("a.mp4", io.BytesIO(mp4), "video/mp4")
     video = await to_thread.run_sync(functools.partial(client.videos.edit, prompt="a blue square", video=source))
     assert (video.status, video.prompt) == ("queued", "a blue square")
+
+
+async def test_our_client_edits_bytes_a_file_and_a_video(service: Any, mp4: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "mine.mp4"
+    path.write_bytes(mp4)
+    made = await service.completed()
+    settings: dict[str, Any] = {"seed": 3, "num_frames": 1, "metadata": {"order": "17"}, "num_inference_steps": 10}
+    async with AsyncClient(service.url) as client:
+        for source in (mp4, path, made["id"]):
+            video = await client.edit("a blue square", source, strength=0.5, **settings)
+            assert (video.prompt, video.strength, video.seed, video.num_steps) == ("a blue square", 0.5, 3, 5)
+            assert video.metadata == {"order": "17"}
+        with pytest.raises(BadRequest, match="video"):
+            await client.edit("a blue square", b"no video")
+    with Client(service.url) as blocking:
+        video = await to_thread.run_sync(functools.partial(blocking.edit, "a ring", path, **settings))
+        assert video.strength == 0.6
+
+
+async def test_the_command_line_edits_a_file(service: Any, mp4: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "mine.mp4"
+    path.write_bytes(mp4)
+    submit = ["submit", "a ring", "--url", service.url, "--strength", "0.3", "--json"]
+    run = functools.partial(CliRunner().invoke, app, [*submit, "--video", str(path)])
+    result = await to_thread.run_sync(run)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["strength"] == 0.3
+    refused = await to_thread.run_sync(functools.partial(CliRunner().invoke, app, submit))
+    assert refused.exit_code == 2
+    assert "--video" in refused.output
 
 
 async def test_a_remix_of_an_edit_is_of_the_same_input(service: Any, mp4: bytes) -> None:
