@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 _LOOK_AT_OWNERS_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
 _BROKEN_PAUSE_S = 30.0
+_PREVIEW_FRAMES = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +80,9 @@ class Denoiser:
         weights, self._device, self._dtype = place(model, revision, config)
         unet = replayed_unet(load_unet(weights, self._device, self._dtype))
         self._schedule = Schedule(weights.config.schedule)
-        previewer = FewFrames(replay_decoder(load_autoencoder(weights, self._device, self._dtype)))
+        autoencoder = replay_decoder(load_autoencoder(weights, self._device, self._dtype))
+        # On a CPU, a frame costs as much as a fifth of a step of the demo, and all videos wait for it.
+        previewer = FewFrames(autoencoder, num_frames=1 if self._device.type == "cpu" else _PREVIEW_FRAMES)
         budgets = RowBudgets(
             self._profile(unet, weights),
             free_bytes=free_memory_bytes(self._device),

@@ -31,6 +31,14 @@ def test_a_preview_is_some_frames_of_what_the_decoder_makes_of_the_request_then(
 
 
 @torch.no_grad()
+def test_a_preview_of_one_frame_is_the_middle_of_the_video(tiny_pipeline):
+    latents = torch.randn(4, 5, 8, 8)
+    (one,) = FewFrames(tiny_pipeline.autoencoder, num_frames=1)(latents)
+    differences = (FewFrames(tiny_pipeline.autoencoder, num_frames=5)(latents).int() - one.int()).abs()
+    assert differences[2].max() <= 1  # rounding
+    assert differences.flatten(1).max(dim=1).values.argmin() == 2
+
+
 def test_the_linear_map_explains_most_of_the_colours_of_a_model_it_is_fitted_to(demo_pipeline):
     """The demo's latents are less linear in colours than those of models trained on photographs."""
     frames = draw_scenes(held_out_scenes(12), random.Random(0))[:, ::5]
