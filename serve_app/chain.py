@@ -1,9 +1,11 @@
 """One request through the three stages."""
 
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, PreviewPicture, Progress, Rendered
@@ -38,7 +40,8 @@ class Chain:
                     else:
                         yield event
         finally:
-            stream.cancel()  # type: ignore[no-untyped-call]
+            with suppress(RayError):  # of a call that never began it raises why, and in place of our own error
+                stream.cancel()  # type: ignore[no-untyped-call]
         assert latents is not None
         with plain_errors("decoder"):
             rendered: Rendered = await finished(self.decoder.decode.remote(latents, call.params, call.id, call.fence))
