@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig
-from t2v_core.layers import ResnetBlock, Sum, Upsample, conv_frames, summed_and_normed
+from t2v_core.layers import ResnetBlock, Sum, Upsample, conv_frames, summed_and_normed, total
 from t2v_core.shapes import SPATIAL_SCALE
 
 _EPS = 1e-6
@@ -140,7 +140,7 @@ class _DownBlock(nn.Module):
         for resnet in self.resnets:
             x = resnet(x)
         for downsample in self.downsamplers:
-            x = downsample(x.total() if isinstance(x, Sum) else x)
+            x = downsample(total(x))
         return x
 
 
@@ -154,7 +154,7 @@ class _UpBlock(nn.Module):
         for resnet in self.resnets:
             x = resnet(x)
         for upsample in self.upsamplers:
-            x = x.total() if isinstance(x, Sum) else x
+            x = total(x)
             x = upsample(x, (2 * x.shape[2], 2 * x.shape[3]))
         return x
 

@@ -41,7 +41,6 @@ class GraphedUNet:
         self.config = unet.config
         self._unet, self._max_latents = unet, max_latents
         self._graphs = Graphs(self._call)
-        self._readers: list[nn.Module] = []
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The network's own."""
@@ -56,12 +55,12 @@ class GraphedUNet:
         shape = LatentShape(*latents.shape[1:])
         if len(rows) * shape.num_frames * shape.height * shape.width > self._max_latents:
             return self._unet(latents, timesteps, text, rows)
-        self._readers = list(text)
-        return self._graphs((latents, timesteps, rows), [tensor for pair in text.values() for tensor in pair])
+        kept = [tensor for reader in self._unet.text_readers for tensor in text[reader]]
+        return self._graphs((latents, timesteps, rows), kept)
 
     def _call(self, latents: Tensor, timesteps: Tensor, rows: Tensor, *text: Tensor) -> Tensor:
         pairs = zip(text[::2], text[1::2], strict=True)
-        return self._unet(latents, timesteps, dict(zip(self._readers, pairs, strict=True)), rows)
+        return self._unet(latents, timesteps, dict(zip(self._unet.text_readers, pairs, strict=True)), rows)
 
 
 class _GraphedDecoder(nn.Module):

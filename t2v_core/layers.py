@@ -38,8 +38,10 @@ class Sum(NamedTuple):
     delta: Tensor
     offset: Tensor | None = None
 
-    def total(self) -> Tensor:
-        return add(*self)
+
+def total(x: Tensor | Sum) -> Tensor:
+    """The sum, if it is one, in numbers."""
+    return add(*x) if isinstance(x, Sum) else x
 
 
 def summed_and_normed(x: Tensor | Sum, norm: nn.GroupNorm, *, over_frames: bool, silu: bool) -> tuple[Tensor, Tensor]:
@@ -108,7 +110,7 @@ class ResnetBlock(nn.Module):
         if skip is None:
             x, residual = summed_and_normed(x, self.norm1, over_frames=False, silu=True)
         else:
-            x = x.total() if isinstance(x, Sum) else x
+            x = total(x)
             residual = group_norm(x, self.norm1, over_frames=False, silu=True, skip=skip)
         residual = conv_frames(residual, self.conv1, bias=False)
         if time is None:

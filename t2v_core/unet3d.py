@@ -22,6 +22,7 @@ from t2v_core.layers import (
     Upsample,
     conv_frames,
     sinusoidal_embedding,
+    total,
 )
 
 TextKeysValues = Mapping[nn.Module, KeysValues]  # of each spatial transformer
@@ -115,15 +116,17 @@ class UNet3D(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.register_buffer("time_weight", None, persistent=False)
         self.register_buffer("time_bias", None, persistent=False)
+        # Found once, and not at each step: no modules of their own, but lists of some that are above.
+        self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        self.text_readers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
 
     def read_text(self, text_embeds: Tensor) -> TextKeysValues:
         """All that the layers read in the text. It is the same at each step of a request. text_embeds: (b, n, d)."""
-        readers = (module for module in self.modules() if isinstance(module, SpatialTransformer))
-        return {reader: reader.keys_values(text_embeds) for reader in readers}
+        return {reader: reader.keys_values(text_embeds) for reader in self.text_readers}
 
     def fuse(self) -> None:
         """Lay the projections of the time embedding side by side, for one product. Their names stay, as parts of it."""
-        blocks = self._resnets()
+        blocks = self._resnets
         projections = [block.time_emb_proj for block in blocks if block.time_emb_proj is not None]
         weight, self.time_bias = self._time_projection()
         self.time_weight = weight.detach()
@@ -147,7 +150,7 @@ class UNet3D(nn.Module):
 
         x = rearrange(latents, "b c f h w -> b f h w c").contiguous()
         x = conv_frames(x, self.conv_in)
-        x = self.transformer_in(x).total()
+        x = total(self.transformer_in(x))
 
         skips = [x]
         for block in self.down_blocks:
@@ -167,21 +170,18 @@ class UNet3D(nn.Module):
             embedding = embedding[rows]
         weight, bias = self._time_projection() if self.time_weight is None else (self.time_weight, self.time_bias)
         offsets = F.linear(F.silu(embedding), weight, bias)
-        blocks = self._resnets()
+        blocks = self._resnets
         return dict(zip(blocks, torch.split(offsets, _channels(blocks), dim=1), strict=True))
 
     def _time_projection(self) -> tuple[Tensor, Tensor]:
         """Of all residual blocks: (sum of their channels, d) and (sum of their channels,)."""
         weights, biases = [], []
-        for block in self._resnets():
+        for block in self._resnets:
             assert block.time_emb_proj is not None
             assert block.conv1.bias is not None
             weights.append(block.time_emb_proj.weight)
             biases.append(block.time_emb_proj.bias + block.conv1.bias)
         return torch.cat(weights), torch.cat(biases)
-
-    def _resnets(self) -> list[ResnetBlock]:
-        return [module for module in self.modules() if isinstance(module, ResnetBlock)]
 
 
 def _channels(blocks: list[ResnetBlock]) -> list[int]:
@@ -217,11 +217,11 @@ class _Layers(nn.Module):
         convolved: Sum = self.resnets[i](x, skip, steering.time[self.resnets[i]][: len(x)])
         convolved = self.temp_convs[i](convolved)
         if i >= len(self.attentions):
-            return convolved.total()
+            return total(convolved)
         attention = self.attentions[i]
         attended: Sum = attention(convolved, steering.text[attention], self.missing_rows(x, steering))
         attended = self.temp_attentions[i](attended)
-        return attended.total()
+        return total(attended)
 
     def missing_rows(self, x: Tensor, steering: _Steering) -> Tensor | None:
         """The rows to spread x to, where it still has one for each sample; None where it has them all."""
