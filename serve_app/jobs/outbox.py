@@ -56,6 +56,9 @@ class Outbox:
         if limit < 1:
             return []
         due = select(outbox).where(outbox.c.next_at <= now_s()).order_by(outbox.c.next_at).limit(limit)
+        async with self.database.reading() as connection:  # mostly there is none, and a writer would hold up others
+            if (await connection.execute(due.limit(1))).first() is None:
+                return []
         claimed = []
         async with self.database.writing() as connection:
             for row in (await connection.execute(due.with_for_update(skip_locked=True))).all():

@@ -65,7 +65,12 @@ async def candidates(connection: AsyncConnection, limit: int, *, urgent_only: bo
     await lock(connection, "claim")
     running = {row.owner: row.num for row in await connection.execute(select(_running()))}
     line = _line()
-    rows = await connection.execute(select(line).order_by(line.c.turn, line.c.due_at, line.c.id))
+    next_ones = select(line).order_by(line.c.turn, line.c.due_at, line.c.id)
+    # Of all who wait, no more are read than may be next.
+    next_ones = (
+        next_ones.where((line.c.priority == "urgent") | (line.c.turn == 1)) if urgent_only else next_ones.limit(limit)
+    )
+    rows = await connection.execute(next_ones)
     found = []
     for row in rows:
         others = max((num for owner, num in running.items() if owner != row.owner), default=0)
