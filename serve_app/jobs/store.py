@@ -332,14 +332,6 @@ class JobStore:
             return await num_queued(connection, owner)
 
     @finished
-    async def counts(self) -> dict[JobStatus, int]:
-        """How many jobs there are of each status."""
-        async with self.database.reading() as connection:
-            rows = await connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
-            found = {row[0]: row[1] for row in rows}
-        return {status: found.get(status, 0) for status in (*_LIVE, *sorted(ENDED))}
-
-    @finished
     async def census(self) -> Census:
         """What there is, for those who watch the service."""
         async with self.database.reading() as connection:

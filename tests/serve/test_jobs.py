@@ -297,7 +297,13 @@ async def test_jobs_are_counted_by_status_and_owner(store: JobStore) -> None:
     for status in ("completed", "failed"):
         await end_as(store, await claimed(store), status)
     await claimed(store)
-    assert await store.counts() == {"queued": 3, "in_progress": 1, "completed": 1, "failed": 1, "cancelled": 0}
+    assert (await store.census()).by_status == {
+        "queued": 3,
+        "in_progress": 1,
+        "completed": 1,
+        "failed": 1,
+        "cancelled": 0,
+    }
     assert (await store.num_queued(), await store.num_queued("ann"), await store.num_queued("eve")) == (3, 2, 0)
 
 
@@ -903,7 +909,7 @@ async def test_a_call_that_is_cancelled_midway_leaves_no_lock_behind(open_store:
         await asyncio.wait([task])
         await patient.reap()
         await asyncio.wait_for(hurried.now(), 10)
-    counts = await patient.counts()
+    counts = (await patient.census()).by_status
     assert counts["queued"] + counts["in_progress"] + counts["failed"] == 40
 
 
@@ -930,13 +936,13 @@ async def test_what_was_said_to_be_done_is_done_though_its_process_is_killed(
     assert {there[job_id].status for job_id in completed} == {"completed"}
 
     deadline = time.monotonic() + 60
-    while (left := await store.counts())["queued"] + left["in_progress"]:
+    while (left := (await store.census()).by_status)["queued"] + left["in_progress"]:
         assert time.monotonic() < deadline
         await store.reap()
         for job in await store.claim("another", limit=100, lease_s=LEASE_S):
             assert await complete(store, job)
         await asyncio.sleep(0.05)
-    ended = sum((await store.counts()).values())
+    ended = sum((await store.census()).by_status.values())
     assert len(await told(database_url)) == ended
     assert {event for _, event in await told(database_url)} <= {"video.completed", "video.failed"}
 
