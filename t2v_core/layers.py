@@ -21,6 +21,7 @@ from t2v_core.kernels import (
     add_layer_norm,
     geglu,
     group_norm,
+    join_quarters,
     layer_norm,
     temporal_attention,
 )
@@ -60,8 +61,10 @@ def conv_frames(x: Tensor, conv: nn.Conv2d, *, bias: bool = True) -> Tensor:
 
 def conv_over_time(x: Tensor, conv: nn.Conv3d) -> Tensor:
     """A convolution over the frames of every pixel, (b, f, h, w, c), without its bias."""
-    rows = rearrange(x, "b f h w c -> b c f (h w)")
-    out = F.conv2d(rows, conv.weight.squeeze(-1), padding=(1, 0))
+    if x.is_cuda:  # whose library chooses better kernels for this than for the same in two dimensions
+        out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), conv.weight, padding=(1, 0, 0))
+        return rearrange(out, "b c f h w -> b f h w c").contiguous()
+    out = F.conv2d(rearrange(x, "b f h w c -> b c f (h w)"), conv.weight.squeeze(-1), padding=(1, 0))
     return rearrange(out, "b c f (h w) -> b f h w c", h=x.shape[2]).contiguous()
 
 
@@ -91,6 +94,8 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions around an additive time embedding, and a shortcut."""
 
+    offset: Tensor | None
+
     def __init__(
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int | None = None
     ) -> None:
@@ -101,6 +106,11 @@ class ResnetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.register_buffer("offset", None, persistent=False)
+
+    def fuse(self) -> None:
+        """Add up the biases of both branches."""
+        self.offset = self._offset().detach()
 
     def forward(self, x: Tensor | Sum, skip: Tensor | None = None, time: Tensor | None = None) -> Sum:
         """x: (b, f, h, w, c), skip: more channels of the input, (b, f, h, w, c2) -> (b, f, h, w, out_channels).
@@ -118,16 +128,24 @@ class ResnetBlock(nn.Module):
             time = self.conv1.bias[None]
         residual = group_norm(residual, self.norm2, over_frames=False, silu=True, offset=time)
         residual = conv_frames(residual, self.conv2, bias=False)
-        return Sum(self._shortcut(x, skip), residual, self.conv2.bias)
+        return Sum(self._shortcut(x, skip), residual, self._offset() if self.offset is None else self.offset)
+
+    def _offset(self) -> Tensor:
+        assert self.conv2.bias is not None
+        if self.conv_shortcut is None:
+            return self.conv2.bias
+        assert self.conv_shortcut.bias is not None
+        return self.conv2.bias + self.conv_shortcut.bias
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Without its bias."""
         if self.conv_shortcut is None:
             return x if skip is None else torch.cat([x, skip], dim=-1)
-        weight, bias = self.conv_shortcut.weight.flatten(1), self.conv_shortcut.bias
+        weight = self.conv_shortcut.weight.flatten(1)
         if skip is None:
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight)
         of_x, of_skip = torch.split(weight, [x.shape[-1], skip.shape[-1]], dim=1)
-        shortcut = F.linear(x, of_x, bias)
+        shortcut = F.linear(x, of_x)
         shortcut.flatten(0, -2).addmm_(skip.flatten(0, -2), of_skip.T)
         return shortcut
 
@@ -169,7 +187,10 @@ def _parts(layer: nn.Sequential) -> tuple[nn.GroupNorm, nn.Module, nn.Conv3d]:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens to each other, or to a context."""
+    """Multi-head attention of tokens to each other, or to a context.
+
+    The bias of its last layer is left to what follows, which adds up several.
+    """
 
     fused: Tensor | None
 
@@ -182,6 +203,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, dim))
         self.register_buffer("fused", None, persistent=False)
+
+    @property
+    def bias(self) -> Tensor:
+        """What is still to be added to what the attention gives. (c,)"""
+        return self._last.bias
 
     def fuse(self) -> None:
         """Lay the three projections of one input side by side, for one product. Their names stay, as parts of it."""
@@ -202,18 +228,27 @@ class Attention(nn.Module):
             self._qkv(x), "b f h w (three heads c) -> three (b f) heads (h w) c", three=3, heads=self.heads
         )
         attended = F.scaled_dot_product_attention(*tokens)
-        return self.to_out(rearrange(attended, "(b f) heads (h w) c -> b f h w (heads c)", b=b, h=h))
+        return self._out(rearrange(attended, "(b f) heads (h w) c -> b f h w (heads c)", b=b, h=h))
 
     def over_frames(self, x: Tensor) -> Tensor:
         """Each frame of a pixel to all of them. x: (b, f, h, w, c), same shape out."""
-        return self.to_out(temporal_attention(self._qkv(x), self.heads))
+        return self._out(temporal_attention(self._qkv(x), self.heads))
 
     def to_text(self, x: Tensor, text: KeysValues) -> Tensor:
         """Each pixel of each frame to the tokens of its text, which they share. x: (b, f, h, w, c), same shape out."""
         _, f, h, _, _ = x.shape
         queries = rearrange(self.to_q(x), "b f h w (heads c) -> b heads (f h w) c", heads=self.heads)
         attended = F.scaled_dot_product_attention(queries, *text)
-        return self.to_out(rearrange(attended, "b heads (f h w) c -> b f h w (heads c)", f=f, h=h))
+        return self._out(rearrange(attended, "b heads (f h w) c -> b f h w (heads c)", f=f, h=h))
+
+    @property
+    def _last(self) -> nn.Linear:
+        last = self.to_out[0]
+        assert isinstance(last, nn.Linear)
+        return last
+
+    def _out(self, attended: Tensor) -> Tensor:
+        return F.linear(attended, self._last.weight)
 
     def _qkv(self, x: Tensor) -> Tensor:
         if self.fused is not None:
@@ -261,7 +296,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Two attentions, then feed-forward: what spatial and temporal transformers are made of."""
+    """Two attentions, then feed-forward: what spatial and temporal transformers are made of.
+
+    Biases of products with nothing but a sum after them are added there: `before` is that of the layer before.
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -272,34 +310,37 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def over_pixels(self, x: Tensor, text: KeysValues, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def over_pixels(self, x: Tensor, biases: "_Biases", text: KeysValues, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each pixel to its frame, then to the text. x: (b, f, h, w, c); for `rows` see SpatialTransformer.
 
         Returns what `feed_forward` takes: the residual stream, and what the last attention adds to it.
         """
-        attended = self.attn1.over_pixels(layer_norm(x, self.norm1))
-        x, queries = add_layer_norm(x, attended, self.norm2)
+        attended = self.attn1.over_pixels(layer_norm(x, self.norm1, biases.before))
+        x, queries = add_layer_norm(x, attended, biases.after_attention, self.norm2)
         if rows is not None:
             x, queries = x[rows], queries[rows]
         return x, self.attn2.to_text(queries, text)
 
-    def over_frames(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def over_frames(self, x: Tensor, biases: "_Biases") -> tuple[Tensor, Tensor]:
         """Each frame of a pixel to the others, twice. x: (b, f, h, w, c). Returns as `over_pixels`."""
-        attended = self.attn1.over_frames(layer_norm(x, self.norm1))
-        x, y = add_layer_norm(x, attended, self.norm2)
+        attended = self.attn1.over_frames(layer_norm(x, self.norm1, biases.before))
+        x, y = add_layer_norm(x, attended, biases.after_attention, self.norm2)
         return x, self.attn2.over_frames(y)
 
-    def feed_forward(self, x: Tensor, attended: Tensor, proj_out: "OutProjection") -> Tensor:
-        """What is left of the block, and the projection after it. x, attended: (..., c) -> (..., proj_out's)."""
-        if proj_out.fused is None:
-            x, y = add_layer_norm(x, attended, self.norm3)
-            return proj_out(x + self.ff(y))
+    def feed_forward(self, x: Tensor, attended: Tensor, proj_out: "OutProjection") -> tuple[Tensor, Tensor]:
+        """What is left of the block, and the projection after it, and the bias of that, which is not added.
+
+        x, attended: (..., c) -> (..., proj_out's), (proj_out's,)
+        """
+        if proj_out.fused is None or proj_out.fused_bias is None:
+            x, y = add_layer_norm(x, attended, self.attn2.bias, self.norm3)
+            return F.linear(x + self.ff(y), proj_out.weight), proj_out.bias
         # Two linear layers without anything between them are one, of both parts of the sum beside each other.
         c = x.shape[-1]
         both = x.new_empty(*x.shape[:-1], c + self.ff.last.in_features)
-        _, y = add_layer_norm(x, attended, self.norm3, out=both[..., :c])
+        _, y = add_layer_norm(x, attended, self.attn2.bias, self.norm3, out=both[..., :c])
         self.ff.gate(y, out=both[..., c:])
-        return F.linear(both, proj_out.fused, proj_out.fused_bias)
+        return F.linear(both, proj_out.fused), proj_out.fused_bias
 
 
 class OutProjection(nn.Linear):
@@ -321,8 +362,17 @@ class OutProjection(nn.Linear):
         self.fused_bias = (p @ last.bias.detach().to(exact) + self.bias.detach().to(exact)).to(self.weight.dtype)
 
 
+class _Biases(NamedTuple):
+    """Of the projection before a block, and of that and the first attention together. Both: (c,)."""
+
+    before: Tensor
+    after_attention: Tensor
+
+
 class _Transformer(nn.Module):
     """What spatial and temporal transformers have in common: their parts."""
+
+    fused_biases: Tensor | None
 
     def __init__(self, channels: int, *, heads: int, head_dim: int, groups: int, text_dim: int | None = None) -> None:
         super().__init__()
@@ -330,6 +380,7 @@ class _Transformer(nn.Module):
         self.proj_in = nn.Linear(channels, heads * head_dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(heads * head_dim, heads, head_dim, text_dim)])
         self.proj_out = OutProjection(heads * head_dim, channels)
+        self.register_buffer("fused_biases", None, persistent=False)
 
     @property
     def block(self) -> TransformerBlock:
@@ -338,9 +389,20 @@ class _Transformer(nn.Module):
         assert isinstance(block, TransformerBlock)
         return block
 
+    @property
+    def biases(self) -> _Biases:
+        """What the block adds for products that did not."""
+        both = self.proj_in.bias + self.block.attn1.bias if self.fused_biases is None else self.fused_biases
+        return _Biases(self.proj_in.bias, both)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The input of the block, without a bias. x: (..., c) -> (..., heads head_dim)."""
+        return F.linear(x, self.proj_in.weight)
+
     def fuse(self) -> None:
-        """Make the last two layers one."""
+        """Make the last two layers one, and add up biases."""
         self.proj_out.fuse_after(self.block.ff.last)
+        self.fused_biases = self.biases.after_attention.detach()
 
 
 class SpatialTransformer(_Transformer):
@@ -356,8 +418,8 @@ class SpatialTransformer(_Transformer):
         Where several rows of text share a sample of x, `rows` says which: (b of the text,). The result has them all.
         """
         x, tokens = summed_and_normed(x, self.norm, over_frames=False, silu=False)
-        tokens, attended = self.block.over_pixels(self.proj_in(tokens), text, rows)
-        return Sum(x if rows is None else x[rows], self.block.feed_forward(tokens, attended, self.proj_out))
+        tokens, attended = self.block.over_pixels(self.project(tokens), self.biases, text, rows)
+        return Sum(x if rows is None else x[rows], *self.block.feed_forward(tokens, attended, self.proj_out))
 
 
 class TemporalTransformer(_Transformer):
@@ -366,8 +428,8 @@ class TemporalTransformer(_Transformer):
     def forward(self, x: Tensor | Sum) -> Sum:
         """x: (b, f, h, w, c), same shape out. Normalisation spans all frames."""
         x, tokens = summed_and_normed(x, self.norm, over_frames=True, silu=False)
-        tokens, attended = self.block.over_frames(self.proj_in(tokens))
-        return Sum(x, self.block.feed_forward(tokens, attended, self.proj_out))
+        tokens, attended = self.block.over_frames(self.project(tokens), self.biases)
+        return Sum(x, *self.block.feed_forward(tokens, attended, self.proj_out))
 
 
 class Downsample(nn.Module):
@@ -405,16 +467,11 @@ class Upsample(nn.Module):
         self.fused = fused.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        b, f, h, w, c = x.shape
+        b, _, h, w, _ = x.shape
         frames = rearrange(x, "b f h w c -> (b f) c h w")
         if self.fused is None or size != (2 * h, 2 * w):
             enlarged = F.interpolate(frames, size=size, mode="nearest")
             return conv_frames(rearrange(enlarged, "(b f) c h w -> b f h w c", b=b), self.conv)
-        squares = F.conv2d(frames, self.fused, padding=1)  # of the pixels' corners, one more than pixels
-        quarters = rearrange(squares, "(b f) (p q c) h w -> b f h w p q c", b=b, p=2, q=2)
+        corners = F.conv2d(frames, self.fused, padding=1)  # of all pixels: one more than pixels
         assert self.conv.bias is not None
-        out = x.new_empty(b, f, h, 2, w, 2, c)
-        for p in range(2):
-            for q in range(2):
-                torch.add(quarters[:, :, p : p + h, q : q + w, p, q], self.conv.bias, out=out[:, :, :, p, :, q])
-        return out.view(b, f, 2 * h, 2 * w, c)
+        return join_quarters(rearrange(corners, "(b f) c h w -> b f h w c", b=b), self.conv.bias)

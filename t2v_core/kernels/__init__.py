@@ -3,6 +3,24 @@
 Both have the same signatures. `ops` picks one; the plain ones are used on CPUs and in training, and say what is meant.
 """
 
-from t2v_core.kernels.ops import add, add_group_norm, add_layer_norm, geglu, group_norm, layer_norm, temporal_attention
+from t2v_core.kernels.ops import (
+    add,
+    add_group_norm,
+    add_layer_norm,
+    geglu,
+    group_norm,
+    join_quarters,
+    layer_norm,
+    temporal_attention,
+)
 
-__all__ = ["add", "add_group_norm", "add_layer_norm", "geglu", "group_norm", "layer_norm", "temporal_attention"]
+__all__ = [
+    "add",
+    "add_group_norm",
+    "add_layer_norm",
+    "geglu",
+    "group_norm",
+    "join_quarters",
+    "layer_norm",
+    "temporal_attention",
+]

@@ -40,22 +40,33 @@ def add_group_norm(
     return fast.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu)
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor) -> Tensor:
     """As `plain.layer_norm`."""
     if not _runs_triton(x):
-        return plain.layer_norm(x, norm)
+        return plain.layer_norm(x, norm, offset)
     from t2v_core.kernels import triton_rows as fast
 
-    return fast.layer_norm(x, norm)
+    return fast.layer_norm(x, norm, offset)
 
 
-def add_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, delta: Tensor, offset: Tensor, norm: nn.LayerNorm, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `plain.add_layer_norm`, with the sum read no second time."""
     if not _runs_triton(x):
-        return plain.add_layer_norm(x, delta, norm, out)
+        return plain.add_layer_norm(x, delta, offset, norm, out)
     from t2v_core.kernels import triton_rows as fast
 
-    return fast.add_layer_norm(x, delta, norm, out)
+    return fast.add_layer_norm(x, delta, offset, norm, out)
+
+
+def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
+    """As `plain.join_quarters`, in one pass."""
+    if not _runs_triton(corners):
+        return plain.join_quarters(corners, bias)
+    from t2v_core.kernels import triton_rows as fast
+
+    return fast.join_quarters(corners, bias)
 
 
 def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:

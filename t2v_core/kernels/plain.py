@@ -38,20 +38,37 @@ def add_group_norm(
     return x, group_norm(x, norm, over_frames=over_frames, silu=silu)
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the last dimension."""
-    return norm(x)
+def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor) -> Tensor:
+    """LayerNorm of x + offset over the last dimension. x: (..., c), offset: (c,)."""
+    return norm(x + offset)
 
 
-def add_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + delta, and the LayerNorm of that. The sum is written to `out`, if given, whose rows may lie apart."""
-    x = torch.add(x, delta, out=out)
+def add_layer_norm(
+    x: Tensor, delta: Tensor, offset: Tensor, norm: nn.LayerNorm, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + delta + offset, and the LayerNorm of that; see `add`.
+
+    The sum is written to `out`, if given, whose rows may lie apart.
+    """
+    x = torch.add(x, delta + offset, out=out)
     return x, norm(x)
 
 
 def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
     """x + delta + offset. x, delta: (..., c), offset: (c,)."""
     return x + delta if offset is None else x + (delta + offset)
+
+
+def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
+    """Of every pixel's four corners, the quarter that is in the pixel, as an image of twice the height and width.
+
+    corners: (b, f, h + 1, w + 1, 4 c), with the quarters (row, column) of a corner one after the other, bias: (c,)
+    -> (b, f, 2 h, 2 w, c).
+    """
+    quarters = rearrange(corners, "b f h w (p q c) -> p q b f h w c", p=2, q=2)
+    h, w = corners.shape[2] - 1, corners.shape[3] - 1
+    rows = [torch.stack([quarters[p, q, :, :, p : p + h, q : q + w] for q in range(2)]) for p in range(2)]
+    return rearrange(torch.stack(rows) + bias, "p q b f h w c -> b f (h p) (w q) c").contiguous()
 
 
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:

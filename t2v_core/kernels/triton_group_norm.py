@@ -1,7 +1,8 @@
 """GroupNorm and SiLU over channels-last frames, with what comes before it: an added offset, or a second input.
 
 A group of few values is normalised by one program, which reads it once. Else there are three kernels: sums of parts,
-the scale and shift of every channel, and one pass that applies them.
+the scale and shift of every channel, and one pass that applies them. The sums go from the end to the beginning: what
+was written last, and what is read next, is still in the cache.
 """
 
 import math
@@ -164,7 +165,7 @@ def _sums(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums and sums of squares of each channel over the positions of a chunk."""
-    part, sample = tl.program_id(1), tl.program_id(2)
+    part, sample = chunks - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)

@@ -1,4 +1,4 @@
-"""Operations on rows of channels: sums, and LayerNorm of what they give."""
+"""Operations on rows of channels: sums, LayerNorm of what they give, and rows that find their place in an image."""
 
 import torch
 import triton
@@ -8,14 +8,16 @@ from torch import Tensor, nn
 _TILE_VALUES = 4096
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor) -> Tensor:
     """See `plain.layer_norm`."""
-    return _layer_norm(x, None, norm)[1]
+    return _layer_norm(x, None, offset, norm)[1]
 
 
-def add_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, delta: Tensor, offset: Tensor, norm: nn.LayerNorm, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `plain.add_layer_norm`."""
-    return _layer_norm(x, delta, norm, out)
+    return _layer_norm(x, delta, offset, norm, out)
 
 
 def add(x: Tensor, delta: Tensor, offset: Tensor) -> Tensor:
@@ -32,8 +34,23 @@ def add(x: Tensor, delta: Tensor, offset: Tensor) -> Tensor:
     return out
 
 
+def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
+    """See `plain.join_quarters`."""
+    corners = corners.contiguous()
+    b, f, h, w, channels = corners.shape
+    height, width, channels = 2 * (h - 1), 2 * (w - 1), channels // 4
+    out = corners.new_empty(b, f, height, width, channels)
+    rows = out.numel() // channels
+    block_c = triton.next_power_of_2(channels)
+    block_r = max(1, _TILE_VALUES // block_c)
+    _join_quarters[(triton.cdiv(rows, block_r),)](
+        corners, bias, out, rows, height, width, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
+    )
+    return out
+
+
 def _layer_norm(
-    x: Tensor, delta: Tensor | None, norm: nn.LayerNorm, total: Tensor | None = None
+    x: Tensor, delta: Tensor | None, offset: Tensor, norm: nn.LayerNorm, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -44,7 +61,7 @@ def _layer_norm(
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, _TILE_VALUES // block_c)
     _normalise[(triton.cdiv(rows, block_r),)](
-        x, x if delta is None else delta.contiguous(), norm.weight, norm.bias, total, out,
+        x, x if delta is None else delta.contiguous(), offset, norm.weight, norm.bias, total, out,
         rows, channels, total.stride(-2), norm.eps,
         HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
@@ -64,15 +81,30 @@ def _add(x, delta, offset, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: 
 
 
 @triton.jit
+def _join_quarters(corners, bias, out, rows, height, width, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tl.arange(0, BLOCK_C)[None, :]
+    mask = (row < rows) & (column < channels)
+    image, y, x = row // (height * width), row // width % height, row % width
+    p, q = y % 2, x % 2
+    corner = (image.to(tl.int64) * (height // 2 + 1) + y // 2 + p) * (width // 2 + 1) + x // 2 + q
+    value = tl.load(corners + (corner * 4 + 2 * p + q) * channels + column, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * channels + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _normalise(
-    x, delta, weight, bias, total, out, rows, channels, total_stride, eps,
+    x, delta, offset, weight, bias, total, out, rows, channels, total_stride, eps,
     HAS_DELTA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    # From the end to the beginning: the rows that were written last are still in the cache.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     mask = (row < rows) & (column < channels)
     where = row.to(tl.int64) * channels + column
     values = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+    values += tl.load(offset + column, mask=column < channels, other=0.0).to(tl.float32)
     if HAS_DELTA:
         values += tl.load(delta + where, mask=mask, other=0.0).to(tl.float32)
         tl.store(total + row.to(tl.int64) * total_stride + column, values.to(total.dtype.element_ty), mask=mask)

@@ -38,7 +38,9 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
 def _attend(
     qkv, out, frames, pixels, inner, scale, HEAD_DIM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # From the end to the beginning: the rows that were written last are still in the cache.
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    sample = tl.num_programs(2) - 1 - tl.program_id(2)
     row = tl.arange(0, BLOCK_P * BLOCK_F)
     frame, in_block = row // BLOCK_P, row % BLOCK_P  # pixels beside each other in memory are so here
     pixel = block * BLOCK_P + in_block

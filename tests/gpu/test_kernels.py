@@ -103,17 +103,27 @@ def test_sums_and_their_layer_norm(channels, dtype):
 
     x, delta = draw(3, 5, 7, channels, dtype=dtype), draw(3, 5, 7, channels, dtype=dtype)
     offset, norm = draw(channels, dtype=dtype), randomised(nn.LayerNorm(channels), dtype)
-    normed, (total, normed_total) = fast.layer_norm(x, norm), fast.add_layer_norm(x, delta, norm)
+    normed, (total, normed_total) = fast.layer_norm(x, norm, offset), fast.add_layer_norm(x, delta, offset, norm)
     beside = torch.zeros(3, 5, 7, 2 * channels, dtype=dtype, device=DEVICE)
-    fast.add_layer_norm(x, delta, norm, out=beside[..., channels:])
+    fast.add_layer_norm(x, delta, offset, norm, out=beside[..., channels:])
     assert_close(fast.add(x, delta, offset), x.double() + delta.double() + offset.double(), dtype)
     norm.double()
-    assert_close(normed, plain.layer_norm(x.double(), norm), dtype)
-    exact_total, exact_normed = plain.add_layer_norm(x.double(), delta.double(), norm)
+    assert_close(normed, plain.layer_norm(x.double(), norm, offset.double()), dtype)
+    exact_total, exact_normed = plain.add_layer_norm(x.double(), delta.double(), offset.double(), norm)
     assert_close(total, exact_total, dtype)
     assert_close(normed_total, exact_normed, dtype)
     assert torch.equal(beside[..., channels:], total)
     assert not beside[..., :channels].any()
+
+
+@every_dtype
+@pytest.mark.parametrize(("height", "width", "channels"), [(1, 1, 8), (3, 5, 40), (16, 9, 320)])
+def test_quarters_of_corners_become_an_image(height, width, channels, dtype):
+    from t2v_core.kernels import triton_rows as fast
+
+    corners = draw(2, 3, height + 1, width + 1, 4 * channels, dtype=dtype)
+    bias = draw(channels, dtype=dtype)
+    assert_close(fast.join_quarters(corners, bias), plain.join_quarters(corners.double(), bias.double()), dtype)
 
 
 @every_dtype
