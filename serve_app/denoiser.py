@@ -165,12 +165,13 @@ class Denoiser:
         defaults = weights.config.defaults
         sizes = [(defaults.num_frames, defaults.height, defaults.width), *self._config.warm_up]
         shapes = [VideoShape(*size).latents() for size in dict.fromkeys(sizes)]
+        began = time.monotonic()
+        profile = known or measure(unet, shapes)
         if known is not None:
             warm_up(unet, shapes, known)
-            return known
-        profile = measure(unet, shapes)
-        if path is not None:
+        elif path is not None:
             profile.save(path)
+        logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
 
     def _prepare(self, call: DenoiseCall, conditioning: Conditioning) -> Denoising:
