@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 _LOOK_AT_OWNERS_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
 _BROKEN_PAUSE_S = 30.0
-_PREVIEW_FRAMES = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +80,7 @@ class Denoiser:
         unet = replayed_unet(load_unet(weights, self._device, self._dtype))
         self._schedule = Schedule(weights.config.schedule)
         autoencoder = replay_decoder(load_autoencoder(weights, self._device, self._dtype))
-        # On a CPU, a frame costs as much as a fifth of a step of the demo, and all videos wait for it.
-        previewer = FewFrames(autoencoder, num_frames=1 if self._device.type == "cpu" else _PREVIEW_FRAMES)
+        previewer = FewFrames(autoencoder, num_frames=1)  # all videos wait while it is decoded
         budgets = RowBudgets(
             self._profile(unet, weights),
             free_bytes=free_memory_bytes(self._device),
