@@ -81,7 +81,8 @@ def _alone(pipeline: Pipeline, budgets: RowBudgets, num_jobs: int, max_ongoing: 
             while waiting and len(engine) < max_ongoing:
                 name = waiting.pop(0)
                 engine.add(Request(name, pipeline.prepare(params[name])))
-            for event in engine.step():
+            time.sleep(engine.pause_s())
+            for event in engine.advance():
                 if isinstance(event, Finished):
                     frames = pipeline.decode(event.trajectory.latents)
                     encoding.submit(_encode, Video(frames, params[event.id], pipeline.name))

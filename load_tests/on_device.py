@@ -14,16 +14,18 @@ from t2v_core.config import SamplerName, ScheduleConfig, UNetConfig
 from t2v_core.denoising import Denoising, denoise_step
 from t2v_core.engine import Engine, Failed, Finished, Profile, Request, RowBudgets, Stepped
 from t2v_core.engine.profile import Measurement
+from t2v_core.graphs import replayed_unet
 from t2v_core.guidance import BatchConditioning, Conditioning, condition
 from t2v_core.samplers import coefficients
 from t2v_core.schedule import Schedule
 from t2v_core.shapes import LatentShape
 from t2v_core.trajectory import NoiseSource, Trajectory
 from t2v_core.unet3d import UNet3D
+from t2v_core.weights.networks import prepare
 from t2v_core.weights.random_init import randomise
 
 NUM_TOKENS = 77
-_WARM_UP_STEPS = 3
+_WARM_UP_STEPS, _SERIES = 3, 3
 
 
 class Model:
@@ -33,7 +35,7 @@ class Model:
         with torch.device("meta"):
             unet = UNet3D(config)
         randomise(unet.to_empty(device=device), torch.Generator(device).manual_seed(0))
-        self.unet = unet.to(dtype).requires_grad_(False).eval()
+        self.unet = replayed_unet(prepare(unet.to(dtype)))
         self.device, self.dtype = device, dtype
         self._schedule = Schedule(ScheduleConfig())
         self._generator = torch.Generator(device).manual_seed(0)
@@ -51,9 +53,11 @@ class Model:
     def warm_up(self, sizes: Iterable[tuple[LatentShape, int]]) -> None:
         """Call the UNet once for each shape and number of rows, so that nothing that is timed is the first to."""
         for shape, rows in sizes:
-            text = self._draw(rows, NUM_TOKENS, self.unet.config.cross_attention_dim, dtype=self.dtype)
-            timesteps = torch.full((rows,), 500.0, device=self.device)
-            self.unet(self._draw(rows, *shape, dtype=self.dtype), timesteps, text)
+            videos = rows // ROWS_A_VIDEO
+            embeds = self._draw(rows, NUM_TOKENS, self.unet.config.cross_attention_dim, dtype=self.dtype)
+            timesteps = torch.full((videos,), 500.0, device=self.device)
+            of_row = torch.arange(videos, device=self.device).repeat(ROWS_A_VIDEO)
+            self.unet(self._draw(videos, *shape, dtype=self.dtype), timesteps, self.unet.read_text(embeds), of_row)
         self.synchronize()
 
     def synchronize(self) -> None:
@@ -107,7 +111,11 @@ class EngineItself:
         return 0.0 if len(self._engine) else math.inf
 
     def work(self) -> Worked:
-        events = self._engine.step()
+        pause_s = self._engine.pause_s()
+        if pause_s > 0:  # as in EngineThread: who comes until then may be in the next step
+            time.sleep(pause_s)
+            return Worked([], [])
+        events = self._engine.advance()
         for event in events:
             if isinstance(event, Failed):
                 raise event.error  # then the figures would be of fewer requests
@@ -117,31 +125,44 @@ class EngineItself:
 
 @torch.inference_mode()
 def overhead(model: Model, shape: LatentShape, sampler: SamplerName, num_videos: int, repeats: int) -> Overhead:
-    """The engine's step beside the bare call of the UNet on as many rows: one, the other, and the first again."""
+    """The engine's steps beside as many bare calls of the UNet, one after the other: these, those, and these again."""
     rows = num_videos * ROWS_A_VIDEO
     room = Profile(device="", dtype="", measurements=(Measurement(shape=shape, rows=rows, step_s=1.0, memory_bytes=0),))
     engine = Engine(model.unet, RowBudgets(room))
-    requests = [model.denoising(shape, _WARM_UP_STEPS + repeats + 1, sampler) for _ in range(num_videos)]
+    num_steps = _WARM_UP_STEPS + _SERIES * (repeats + 1)
+    requests = [model.denoising(shape, num_steps, sampler) for _ in range(num_videos)]
     for number, request in enumerate(requests):
         engine.add(Request(str(number), request))
-    text = condition(model.unet, [request.conditioning for request in requests]).text
-    latents = torch.stack([request.trajectory.latents for request in requests]).to(model.dtype).repeat(2, 1, 1, 1, 1)
-    timesteps = torch.full((rows,), 500.0, device=model.device)
+    conditioning = condition(model.unet, [request.conditioning for request in requests])
+    latents = torch.stack([request.trajectory.latents for request in requests]).to(model.dtype)
+    timesteps = torch.full((num_videos,), 500.0, device=model.device)
+
+    def bare() -> None:
+        model.unet(latents, timesteps, conditioning.text, conditioning.rows)
+
+    def steps() -> None:
+        time.sleep(engine.pause_s())
+        engine.advance()
 
     def seconds(call: Callable[[], object]) -> float:
         model.synchronize()
         started = time.perf_counter()
-        call()
+        for _ in range(repeats):
+            call()
         model.synchronize()
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / repeats
 
+    for _ in range(_WARM_UP_STEPS):
+        bare()
+        engine.step()
     before, ours, after = [], [], []
-    for _ in range(_WARM_UP_STEPS + repeats):
-        before.append(seconds(lambda: model.unet(latents, timesteps, text)))
-        ours.append(seconds(engine.step))
-        after.append(seconds(lambda: model.unet(latents, timesteps, text)))
-    first, step, second = (statistics.median(series[_WARM_UP_STEPS:]) for series in (before, ours, after))
-    bare = statistics.median(before[_WARM_UP_STEPS:] + after[_WARM_UP_STEPS:])
+    for _ in range(_SERIES):
+        before.append(seconds(bare))
+        engine.step()  # the first is not launched ahead, and all that was launched ends in this series
+        ours.append(seconds(steps))
+        after.append(seconds(bare))
+    first, step, second = (statistics.median(series) for series in (before, ours, after))
+    bare_s = statistics.median(before + after)
     return Overhead(
-        sampler=sampler, num_videos=num_videos, engine_s=step, unet_s=bare, noise=abs(first - second) / bare
+        sampler=sampler, num_videos=num_videos, engine_s=step, unet_s=bare_s, noise=abs(first - second) / bare_s
     )

@@ -1,10 +1,9 @@
 """Many requests, one UNet, and a batch that changes at every denoising step."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from t2v_core.engine.budgets import RowBudgets
 from t2v_core.engine.counters import Counters
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
 from t2v_core.engine.fit import check_fit
+from t2v_core.engine.launched import Launched, Outcome, mark, step_size
 from t2v_core.engine.preview import Previewer
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError
 from t2v_core.guidance import BatchConditioning, condition
@@ -49,19 +49,23 @@ class _Slot:
     arrival_s: float
     is_admitted: bool = False
 
+    @property
+    def has_no_steps_left(self) -> bool:
+        """It is only here until its last step has ended."""
+        return self.request.denoising.trajectory.is_finished
 
-class _Outcome(NamedTuple):
-    """A request after its step."""
 
-    denoising: Denoising
-    is_finite: bool
-    preview: Tensor | None = None
+_LAUNCH_S = 0.004  # how long before a step ends the next is launched: more than launching takes
 
 
 class Engine:
     """Takes requests between any two steps and runs one step at a time. For one thread.
 
     All that changes in a request is its trajectory, and a step makes new ones: a step that fails has changed nothing.
+
+    `step` does a step and says what came of it. `advance` does so too, but launches the next step before the one at
+    hand has ended, where the device works by itself (`runs_ahead`; by default on a GPU): so it never waits for the
+    engine. Whoever calls it after `pause_s` lets requests join until shortly before.
     """
 
     def __init__(
@@ -71,10 +75,15 @@ class Engine:
         *,
         previewer: Previewer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        runs_ahead: bool | None = None,
     ) -> None:
         self.counters: defaultdict[LatentShape, Counters] = defaultdict(Counters)
         self.clock = clock
         self._unet, self._budgets, self._previewer = unet, budgets, previewer
+        self._runs_ahead = next(unet.parameters()).is_cuda if runs_ahead is None else runs_ahead
+        self._launched: deque[Launched] = deque()  # first the step that the device is at
+        self._settled_s = clock()
+        self._step_s: dict[tuple[LatentShape, int], float] = {}  # of the last step of so many rows
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
         # Batches are told apart by their entries: an id may come again, as another request.
@@ -128,29 +137,40 @@ class Engine:
         return trajectory
 
     def look(self, request_id: str) -> Trajectory | None:
-        """Where a request stands, to save it; it stays. None if it is not here."""
+        """Where a request stands, to save it; it stays. None if it is not here, or has made its last step."""
         slot = self._slots.get(request_id)
-        return None if slot is None else _apart(slot.request.denoising.trajectory)
+        if slot is None or slot.has_no_steps_left:
+            return None
+        return _apart(slot.request.denoising.trajectory)
 
     def step(self) -> list[Event]:
         """One denoising step of the requests whose turn it is, and what came of it."""
-        entries = choose([slot.entry for slot in self._slots.values()], self._budgets.rows)
-        if not entries:
-            return []
-        started = self.clock()
-        events = self._admit(entries, started)
-        try:
-            outcomes = self._denoise(entries)
-        except OutOfMemory as error:
-            message = str(error)  # the error itself holds on to the memory of the step that failed
-        else:
-            events += self._keep(entries, outcomes)
-            self._count_step(entries, self.clock() - started)
-            return events
-        return events + self._make_room(entries, message)
+        events = self._launch()
+        while self._launched:
+            events += self._settle()
+        return events
+
+    def advance(self) -> list[Event]:
+        """Launch a step, and say what came of the one before, once that has ended."""
+        if not self._runs_ahead:
+            return self.step()
+        is_idle = not self._launched
+        events = self._launch()
+        return events if is_idle else events + self._settle()
+
+    def pause_s(self) -> float:
+        """How long the device can do without another step, and requests that come may still be in that."""
+        if not self._launched:
+            return 0.0
+        at_hand = self._launched[0]
+        shape, rows = step_size([outcome.entry for outcome in at_hand.outcomes])
+        step_s = self._step_s.get((shape, rows)) or self._budgets.step_s(shape, rows)
+        ends_s = max(at_hand.launched_s, self._settled_s) + step_s
+        return max(0.0, ends_s - _LAUNCH_S - self.clock())
 
     def fail_all(self, error: T2VError) -> list[Event]:
         """Give every request up."""
+        self._launched.clear()
         return [event for request_id in self.ids for event in self._fail(request_id, error)]
 
     def _admit(self, entries: Sequence[Entry], now: float) -> list[Event]:
@@ -164,17 +184,34 @@ class Engine:
                 events.append(Admitted(entry.id, now - slot.arrival_s))
         return events
 
+    def _launch(self) -> list[Event]:
+        """Hand the device a step of the requests whose turn it is, if there are any."""
+        waiting = [slot.entry for slot in self._slots.values() if not slot.has_no_steps_left]
+        entries = choose(waiting, self._budgets.rows)
+        if not entries:
+            return []
+        now = self.clock()
+        events = self._admit(entries, now)
+        try:
+            launched = self._denoise(entries, now)
+        except OutOfMemory as error:
+            message = str(error)  # the error itself holds on to the memory of the step that failed
+        else:
+            self._keep(launched)
+            return events
+        return events + self._make_room(entries, message)
+
     @out_of_memory_explained()
-    def _denoise(self, entries: Sequence[Entry]) -> list[_Outcome]:
+    def _denoise(self, entries: Sequence[Entry], now: float) -> Launched:
         """What the step makes of each request: all that can fail comes here, before anything is kept."""
         requests = [self._slots[entry.id].request for entry in entries]
+        start = mark(requests[0].denoising.trajectory.latents.device)
         stepped = denoise_step(self._unet, [request.denoising for request in requests], self._condition(entries))
-        latents = torch.stack([request.trajectory.latents for request in stepped])
-        are_finite = latents.isfinite().flatten(1).all(dim=1).tolist()
-        return [
-            self._outcome(request, denoising, is_finite)
-            for request, denoising, is_finite in zip(requests, stepped, are_finite, strict=True)
+        outcomes = [
+            Outcome(entry, denoising, self._preview(request, denoising.trajectory))
+            for entry, request, denoising in zip(entries, requests, stepped, strict=True)
         ]
+        return Launched(outcomes, start, now)
 
     def _condition(self, entries: Sequence[Entry]) -> BatchConditioning:
         """Made once, for as long as the batch stays the same."""
@@ -185,23 +222,34 @@ class Engine:
             self._conditioning = batch, condition(self._unet, conditionings)
         return self._conditioning[1]
 
-    def _outcome(self, request: Request, denoising: Denoising, is_finite: bool) -> _Outcome:
-        trajectory = denoising.trajectory
-        if is_finite and trajectory.is_finished:
-            denoising = replace(denoising, trajectory=_apart(trajectory))
-        elif is_finite and self._wants_preview(request, trajectory):
-            return _Outcome(denoising, is_finite, self._preview(trajectory))
-        return _Outcome(denoising, is_finite)
-
-    def _keep(self, entries: Sequence[Entry], outcomes: Sequence[_Outcome]) -> list[Event]:
+    def _keep(self, launched: Launched) -> None:
+        entries = tuple(outcome.entry for outcome in launched.outcomes)
         for entry in set(self._batch) - set(entries):
             slot = self._slots.get(entry.id)
-            if slot is not None and slot.entry == entry:
+            if slot is not None and slot.entry == entry and not slot.has_no_steps_left:
                 self._count(entry.id).set_aside += 1
-        self._batch = tuple(entries)
+        self._batch = entries
+        for entry, denoising, _ in launched.outcomes:
+            slot = self._slots[entry.id]
+            slot.request = replace(slot.request, denoising=denoising)
+        self._launched.append(launched)
+
+    def _settle(self) -> list[Event]:
+        """Wait for the step that was launched first, and say what came of it for those who are still here."""
+        if not self._launched:
+            return []
+        launched = self._launched.popleft()
+        settled = launched.wait()
+        now = self.clock()
+        began_s, self._settled_s = max(launched.launched_s, self._settled_s), now
+        entries = [outcome.entry for outcome in launched.outcomes]
+        self._count_step(entries, now - began_s)
+        self._step_s[step_size(entries)] = now - began_s if settled.device_s is None else settled.device_s
         events: list[Event] = []
-        for entry, (denoising, is_finite, preview) in zip(entries, outcomes, strict=True):
-            slot, trajectory = self._slots[entry.id], denoising.trajectory
+        for entry, trajectory, is_finite, preview in settled.rows:
+            slot = self._slots.get(entry.id)
+            if slot is None or slot.entry != entry:
+                continue  # it has gone meanwhile
             if not is_finite:
                 reason = (
                     f"step {trajectory.step_index} of {trajectory.num_steps} gave latents that are not finite: "
@@ -209,7 +257,6 @@ class Engine:
                 )
                 events += self._fail(entry.id, GenerationFailed(reason))
                 continue
-            slot.request = replace(slot.request, denoising=denoising)
             events.append(Stepped(entry.id, trajectory.step_index, trajectory.num_steps))
             if trajectory.is_finished:
                 self._count(entry.id).finished += 1
@@ -231,16 +278,15 @@ class Engine:
         self._budgets.halve(shape, sum(entry.rows for entry in entries))
         return []
 
-    def _wants_preview(self, request: Request, trajectory: Trajectory) -> bool:
+    def _preview(self, request: Request, trajectory: Trajectory) -> Tensor | None:
+        """None where it is not wanted, or memory does not hold it beside the batch: the video can do without."""
         every = request.preview_every
-        return self._previewer is not None and every > 0 and trajectory.step_index % every == 0
-
-    def _preview(self, trajectory: Trajectory) -> Tensor | None:
-        """None where memory does not hold it beside the batch: the video can do without."""
-        assert self._previewer is not None
+        is_due = every > 0 and trajectory.step_index % every == 0 and not trajectory.is_finished
+        if self._previewer is None or not is_due:
+            return None
         try:
             with out_of_memory_explained():
-                return self._previewer(trajectory.x0).cpu()
+                return self._previewer(trajectory.x0)
         except OutOfMemory:
             self.counters[trajectory.shape].out_of_memory += 1
             return None
@@ -259,11 +305,10 @@ class Engine:
         return self.counters[self._slots[request_id].entry.group.shape]
 
     def _count_step(self, entries: Sequence[Entry], seconds: float) -> None:
-        shape = entries[0].group.shape
+        shape, rows = step_size(entries)
         counters = self.counters[shape]
         counters.steps += 1
         counters.step_s += seconds
-        rows = sum(entry.rows for entry in entries)
         counters.rows += rows
         counters.budget_rows += max(rows, self._budgets.rows(entries[0].group, Demand(rows)))
         self._budgets.succeeded(shape)

@@ -103,9 +103,9 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             try:
-                command = self._commands.get(block=len(self._engine) == 0)
+                command = self._next_command()
             except Empty:
-                self._hand_out(self._step())
+                self._hand_out(self._advance())
                 continue
             if command is None:
                 break
@@ -113,9 +113,16 @@ class EngineThread:
         for request_id in self._engine.ids:
             self._hand_out(self._engine.cancel(request_id))
 
-    def _step(self) -> list[Event]:
+    def _next_command(self) -> _Command | None:
+        """Raises Empty when it is time for a step."""
+        if len(self._engine) == 0:
+            return self._commands.get()
+        pause_s = self._engine.pause_s()
+        return self._commands.get(block=pause_s > 0, timeout=pause_s or None)
+
+    def _advance(self) -> list[Event]:
         try:
-            events = self._engine.step()
+            events = self._engine.advance()
         except Exception as error:
             # Not one request's fault, so all of them end; a GPU that is lost stays lost, and the owner must know.
             logger.exception("denoising failed: requests=%d", len(self._engine))

@@ -38,6 +38,6 @@ def alone(tiny_pipeline_float64, prepared):
     return latents
 
 
-@pytest.fixture
-def engine(tiny_pipeline_float64):
-    return Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
+@pytest.fixture(params=[False, True], ids=["step by step", "running ahead"])
+def engine(tiny_pipeline_float64, request):
+    return Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), runs_ahead=request.param)

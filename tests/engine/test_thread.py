@@ -39,9 +39,9 @@ class Events:
 
 
 @pytest.fixture
-def running(tiny_pipeline_float64):
+def running(engine):
     events = Events()
-    thread = EngineThread(Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8)), events)
+    thread = EngineThread(engine, events)
     yield thread, events
     thread.close()
 

@@ -1,0 +1,138 @@
+"""An engine that launches the next step before the one at hand has ended, as it does on a GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from t2v_core.engine import Cancelled, Engine, Failed, Finished, Request, RowBudgets, Stepped
+from t2v_core.errors import EngineBroken, GenerationFailed
+
+
+class Clock:
+    """Stands until it is set."""
+
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def ahead(tiny_pipeline_float64, clock):
+    return Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), clock=clock, runs_ahead=True)
+
+
+@pytest.fixture
+def launched_rows(tiny_pipeline_float64):
+    rows = []
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[3])))
+    yield rows
+    handle.remove()
+
+
+def steps_told(events):
+    return [(event.id, event.step_index) for event in events if isinstance(event, Stepped)]
+
+
+def test_a_step_is_told_when_the_next_is_launched(ahead, prepared, launched_rows):
+    ahead.add(Request("a", prepared(num_inference_steps=3)))
+    told = [steps_told(ahead.advance()) for _ in range(4)]
+    assert told == [[], [("a", 1)], [("a", 2)], [("a", 3)]]
+    assert launched_rows == [2, 2, 2]
+    assert len(ahead) == 0
+    assert ahead.advance() == []
+
+
+def test_one_that_comes_before_the_next_launch_is_in_it(ahead, prepared, launched_rows):
+    ahead.add(Request("a", prepared(seed=1)))
+    ahead.advance()
+    ahead.add(Request("b", prepared(seed=2)))
+    ahead.advance()
+    assert launched_rows == [2, 4]
+
+
+def test_what_is_not_finite_fails_once_though_its_next_step_was_launched(ahead, prepared, alone):
+    start = prepared(seed=1)
+    trajectory = dataclasses.replace(start.trajectory, latents=torch.full_like(start.trajectory.latents, torch.nan))
+    ahead.add(Request("bad", dataclasses.replace(start, trajectory=trajectory)))
+    ahead.add(Request("good", prepared(seed=2)))
+    events = []
+    while len(ahead):
+        events += ahead.advance()
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.id == "bad"
+    assert isinstance(failed.error, GenerationFailed)
+    assert "not finite" in str(failed.error)
+    (finished,) = [event for event in events if isinstance(event, Finished)]
+    torch.testing.assert_close(finished.trajectory.latents, alone(seed=2), rtol=1e-10, atol=1e-10)
+    assert not [event for event in events[events.index(failed) + 1 :] if event.id == "bad"]
+
+
+def test_nothing_is_told_of_a_request_that_left_while_its_step_ran(ahead, prepared, launched_rows):
+    ahead.add(Request("a", prepared(seed=1)))
+    ahead.add(Request("b", prepared(seed=2)))
+    ahead.advance()
+    assert ahead.cancel("a") == [Cancelled("a")]
+    ahead.add(Request("a", prepared(seed=3)))  # another of the same name
+    assert steps_told(ahead.advance()) == [("b", 1)]
+    assert steps_told(ahead.advance()) == [("b", 2), ("a", 1)]
+    assert launched_rows == [4, 4, 4]
+
+
+def test_one_that_only_waits_for_its_last_step_to_end_cannot_be_taken(ahead, prepared):
+    ahead.add(Request("a", prepared(num_inference_steps=1)))
+    ahead.advance()
+    assert ahead.look("a") is None
+    assert ahead.take("a") is None
+    assert [type(event) for event in ahead.advance()] == [Stepped, Finished]
+
+
+def test_the_pause_ends_shortly_before_the_step_at_hand(ahead, prepared, clock):
+    ahead.add(Request("a", prepared()))
+    assert ahead.pause_s() == 0.0  # nothing is running
+    ahead.advance()
+    clock.now_s += 0.5
+    ahead.advance()
+    clock.now_s += 0.2  # the second step began when the first had ended
+    ahead.advance()
+    assert 0.19 < ahead.pause_s() < 0.2  # as long as the last, but for the launch
+    clock.now_s += 0.15
+    assert 0.04 < ahead.pause_s() < 0.05
+    clock.now_s += 1.0
+    assert ahead.pause_s() == 0.0
+
+
+def test_steps_and_their_time_are_counted_as_they_end(ahead, prepared, clock):
+    request = prepared(num_inference_steps=3)
+    ahead.add(Request("a", request))
+    while len(ahead):
+        ahead.advance()
+        clock.now_s += 0.25
+    counters = ahead.counters[request.trajectory.shape]
+    assert counters.steps == 3
+    assert counters.step_s == pytest.approx(0.75)
+
+
+def test_giving_everything_up_forgets_the_step_at_hand(ahead, prepared, alone):
+    ahead.add(Request("a", prepared(seed=1)))
+    ahead.advance()
+    assert [event.id for event in ahead.fail_all(EngineBroken("lost"))] == ["a"]
+    ahead.add(Request("a", prepared(seed=2)))
+    events = []
+    while len(ahead):
+        events += ahead.advance()
+    assert steps_told(events) == [("a", step) for step in range(1, 6)]
+    torch.testing.assert_close(events[-1].trajectory.latents, alone(seed=2), rtol=1e-10, atol=1e-10)
+
+
+def test_a_step_does_all_at_once_whatever_runs_ahead(ahead, prepared):
+    ahead.add(Request("a", prepared(num_inference_steps=2)))
+    ahead.advance()
+    assert steps_told(ahead.step()) == [("a", 1), ("a", 2)]
