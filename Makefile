@@ -13,7 +13,7 @@ PROMPT ?= A red circle moving right on a white background.
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: run test test-fast chaos lint clean
+.PHONY: run test test-fast chaos lint validate clean
 
 # Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
@@ -35,6 +35,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Checks what cluster/ would deploy on Kubernetes. Needs KubeRay's CRDs: cluster/README.md says where they are looked for.
+validate: $(VENV)/.installed-test
+	$(BIN)/python -m cluster.render --check
+	$(BIN)/python -m cluster.validate
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -10,6 +10,7 @@ import t2v_core
 
 ROOT = Path(t2v_core.__file__).parent
 SERVICE = Path(serve_app.__file__).parent
+CLUSTER = ROOT.parent / "cluster"
 
 # Each part of t2v_core, and the parts that it may import.
 ALLOWED = {
@@ -159,6 +160,27 @@ SERVICE_ALLOWED = {
     "commands": {"client"},
     "cli": {"app", "client", "commands", "config", "errors", "webhooks"},
 }
+# The same of cluster, which checks what is deployed and is no part of it.
+CLUSTER_ALLOWED = {
+    "__init__": set(),
+    "manifests": set(),
+    "render": set(),
+    "schemas": {"manifests"},
+    "operator_rules": {"manifests"},
+    "serving": {"manifests"},
+    "security": {"manifests"},
+    "monitoring": {"manifests"},
+    "validate": {"manifests", "monitoring", "operator_rules", "render", "schemas", "security", "serving"},
+}
+CLUSTER_OTHERS = {
+    "serving": {
+        "ray.serve.schema",
+        "ray.serve.schema.ServeDeploySchema",
+        "serve_app.config",
+        "serve_app.config.AppConfig",
+    },
+    "monitoring": {"serve_app.metrics", "serve_app.metrics.METRICS", "serve_app.metrics.MetricSpec"},
+}
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
 LIBRARIES = {
     "ray": {"metrics", "text_encoder", "chain", "generator", "ingress", "app", "cli", "owners", "remote"},
@@ -208,7 +230,21 @@ def test_a_module_of_the_service_imports_only_what_lies_below_it(path):
             assert rest[0] in SERVICE_ALLOWED[part], f"{part} must not import {rest[0]}"
 
 
-@pytest.mark.parametrize("allowed", [ALLOWED, SERVICE_ALLOWED], ids=["t2v_core", "serve_app"])
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.py")), ids=lambda path: str(path.relative_to(CLUSTER)))
+def test_a_module_of_the_cluster_imports_only_what_lies_below_it(path):
+    part = part_of(path, CLUSTER)
+    assert part in CLUSTER_ALLOWED, f"say in this test what {part} may import"
+    for name in imports_of(path):
+        first, *rest = name.split(".")
+        if first in ("ray", "serve_app", "t2v_core", "load_tests"):
+            assert name in CLUSTER_OTHERS.get(part, set()), f"{part} must not import {name}"
+        if first == "cluster" and rest:
+            assert rest[0] in CLUSTER_ALLOWED[part], f"{part} must not import {rest[0]}"
+
+
+@pytest.mark.parametrize(
+    "allowed", [ALLOWED, SERVICE_ALLOWED, CLUSTER_ALLOWED], ids=["t2v_core", "serve_app", "cluster"]
+)
 def test_the_drawing_has_no_circles(allowed):
     def reaches(part: str, seen: frozenset[str] = frozenset()) -> None:
         assert part not in seen, f"{part} imports itself through {sorted(seen)}"

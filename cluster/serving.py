@@ -1,0 +1,233 @@
+"""Does the service fit its cluster? The Serve configuration beside the nodes, the ports and the patience around it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.manifests import Group, Manifest, Problem, cluster_spec, groups, name_of, of_kind
+from serve_app.config import AppConfig
+
+IMPORT_PATH = "serve_app.app:build"
+# HAProxy's own ports beside the service's, by the variables that move them (DESIGN.md: open on all interfaces).
+HAPROXY_PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}
+_HAPROXY, _HARD_STOP = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+_SERVER_TIMEOUT, _DRAINING = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
+_THROUGHPUT = "RAY_SERVE_THROUGHPUT_OPTIMIZED"
+_HARD_STOP_S, _DRAINING_S = 120.0, 30.0  # Ray's defaults
+_READ_TIMEOUT = "nginx.ingress.kubernetes.io/proxy-read-timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A Serve configuration and the Ray cluster that it is for."""
+
+    where: str
+    raw: Manifest
+    app: AppConfig
+    groups: list[Group]
+
+    def problem(self, rule: str, message: str) -> Problem:
+        return Problem(rule, self.where, message)
+
+
+def check_serving(manifests: list[Manifest]) -> Iterator[Problem]:
+    """All rules on what is served, of each configuration that can be read at all."""
+    for where, text, cluster in _configs(manifests):
+        try:
+            raw = yaml.safe_load(text)
+            (application,) = ServeDeploySchema.model_validate(raw).applications
+            served = Served(where, raw, AppConfig.model_validate(application.args), groups(cluster))
+        except (ValidationError, ValueError) as error:
+            yield Problem("serve config", where, f"Ray or serve_app.config refuses it: {error}")
+            continue
+        if application.import_path != IMPORT_PATH:
+            yield served.problem("serve config", f"import_path {application.import_path}: must be {IMPORT_PATH}")
+        for check in (_fits, _shares_nothing, _is_patient, _haproxy, _ports):
+            yield from check(served)
+        yield from _behind_ingress(served, manifests)
+
+
+def _configs(manifests: list[Manifest]) -> Iterator[tuple[str, str, Manifest]]:
+    """A RayService has its own; a plain cluster's is in a ConfigMap, which a job deploys."""
+    for manifest in of_kind(manifests, "RayService", "RayCluster"):
+        cluster = cluster_spec(manifest)
+        assert cluster is not None
+        if manifest["kind"] == "RayService":
+            yield name_of(manifest), manifest["spec"].get("serveConfigV2", ""), cluster
+            continue
+        for config in of_kind(manifests, "ConfigMap"):
+            if text := config["data"].get("serve-config.yaml"):
+                yield name_of(config), text, cluster
+
+
+@dataclass(slots=True)
+class _Node:
+    """What is still free on a node; a fraction of a GPU is on one GPU."""
+
+    cpus: float
+    gpus: list[float]
+    resources: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Replica:
+    name: str
+    cpus: float
+    gpus: float
+    resources: dict[str, float]
+
+
+def _fits(served: Served) -> Iterator[Problem]:
+    """All replicas at once find room at their most, and the ones that are always there on the nodes always there."""
+    for group in served.groups:
+        if group.gpus and group.cpus:
+            yield served.problem(
+                "GPU nodes",
+                f"group {group.name} has GPUs and {group.cpus:g} CPUs: Serve spreads replicas without GPU onto it, and"
+                ' their cores are then missing beside the GPU; give it resources: {CPU: "0"}',
+            )
+    for most, size in ((True, "maxReplicas"), (False, "minReplicas")):
+        left = _left_out(_replicas(served.app, most), served.groups, most)
+        if left:
+            names = ", ".join(sorted({replica.name for replica in left}))
+            yield served.problem(
+                "fit",
+                f"{len(left)} replicas ({names}) find no room on the groups' {size} nodes, GPUs or cores: raise"
+                f" {size} or lower {'max' if most else 'min'}_replicas",
+            )
+
+
+def _replicas(app: AppConfig, most: bool) -> list[_Replica]:
+    found: list[_Replica] = []
+    for name, stage in (("TextEncoder", app.text_encoder), ("Denoiser", app.denoiser), ("Decoder", app.decoder)):
+        count = stage.max_replicas if most else stage.min_replicas
+        found += count * [_Replica(name, stage.num_cpus, stage.num_gpus, stage.resources)]
+    for name, part in (("Generator", app.generator), ("Ingress", app.ingress)):
+        found += part.num_replicas * [_Replica(name, part.num_cpus, 0, {})]
+    return sorted(found, key=lambda replica: (replica.gpus, replica.cpus), reverse=True)
+
+
+def _left_out(replicas: list[_Replica], kinds: list[Group], most: bool) -> list[_Replica]:
+    """First fit, largest first: what fits so can also be scheduled; whether Ray finds that is its own affair."""
+    nodes = [
+        _Node(kind.cpus, [1.0] * int(kind.gpus), dict(kind.resources))
+        for kind in sorted(kinds, key=lambda kind: kind.gpus)
+        for _ in range(kind.most if most else kind.least)
+    ]
+    return [replica for replica in replicas if not any(_placed(replica, node) for node in nodes)]
+
+
+def _placed(replica: _Replica, node: _Node) -> bool:
+    slack = 1e-6
+    wanted = replica.resources
+    if replica.cpus > node.cpus + slack or any(node.resources.get(key, 0) < wanted[key] for key in wanted):
+        return False
+    share = min(replica.gpus, 1.0)
+    free = [number for number, rest in enumerate(node.gpus) if rest + slack >= share][: max(1, int(replica.gpus))]
+    if replica.gpus and len(free) < max(1, int(replica.gpus)):
+        return False
+    for number in free if replica.gpus else []:
+        node.gpus[number] -= share
+    node.cpus -= replica.cpus
+    for key in wanted:
+        node.resources[key] -= wanted[key]
+    return True
+
+
+def _shares_nothing(served: Served) -> Iterator[Problem]:
+    """Nodes have no file system in common but for the weights."""
+    nodes = sum(group.most for group in served.groups if group.cpus or group.gpus)
+    storage = served.app.storage
+    if nodes > 1 and storage.database.startswith("sqlite"):
+        yield served.problem("SQLite", f"{storage.database}: a file cannot serve {nodes} nodes; use postgresql://")
+    if nodes > 1 and "://" not in storage.artifacts:
+        yield served.problem("artifacts", f"{storage.artifacts}: a folder cannot serve {nodes} nodes; use s3://")
+
+
+def _is_patient(served: Served) -> Iterator[Problem]:
+    """Whatever ends a request waits for the longest generation."""
+    longest = served.app.longest_generation_s
+    patience: dict[str, float] = {}
+    for application in served.raw["applications"]:
+        for deployment in application.get("deployments", []):
+            if (seconds := deployment.get("graceful_shutdown_timeout_s")) is not None:
+                patience[f"graceful_shutdown_timeout_s of {deployment['name']}"] = seconds
+    if (seconds := served.raw.get("http_options", {}).get("request_timeout_s")) is not None:
+        patience["http_options.request_timeout_s"] = seconds
+    for group in served.groups:
+        if group.environment.get(_HAPROXY) == "1":
+            patience[f"{_HARD_STOP} of {group.name}"] = float(group.environment.get(_HARD_STOP, _HARD_STOP_S))
+        if seconds := group.environment.get(_SERVER_TIMEOUT):
+            patience[f"{_SERVER_TIMEOUT} of {group.name}"] = float(seconds)
+    for name, seconds in patience.items():
+        if seconds < longest:
+            message = (
+                f"{name} is {seconds:g} s, and a generation may take longest_generation_s, {longest:g} s: raise it"
+            )
+            yield served.problem("graceful shutdown", message)
+
+
+def _haproxy(served: Served) -> Iterator[Problem]:
+    """What DESIGN.md says of HAProxy: on everywhere or nowhere, a stated host, and time to drain."""
+    workers = any(group.name != "head" for group in served.groups)
+    settings = {group.name: group.environment.get(_HAPROXY, "0") for group in served.groups}
+    if len(set(settings.values())) > 1:
+        yield served.problem("HAProxy", f"{_HAPROXY} is {settings}: set it alike for the head and all groups")
+    for group in served.groups:
+        if group.environment.get(_THROUGHPUT) == "1":
+            message = f"{_THROUGHPUT}=1 of {group.name} caps messages at 4 MiB, and videos are larger: leave it out"
+            yield served.problem("HAProxy", message)
+        draining = float(group.environment.get(_DRAINING, _DRAINING_S))
+        if workers and draining < _DRAINING_S:
+            message = (
+                f"{_DRAINING} of {group.name} is {draining:g} s: balancers still send requests; {_DRAINING_S:g} or more"
+            )
+            yield served.problem("HAProxy", message)
+
+
+def _ports(served: Served) -> Iterator[Problem]:
+    """Serve listens where Kubernetes sends, and HAProxy's other ports are nobody's."""
+    options = served.raw.get("http_options", {})
+    host, port, exposed = options.get("host"), options.get("port", 8000), "RayService" in served.where
+    if host is None or (exposed and host != "0.0.0.0"):
+        rule = (
+            "must be 0.0.0.0, where pods reach it" if exposed else "must be stated: Ray's default changes with HAProxy"
+        )
+        yield served.problem("host", f"http_options.host {host}: {rule}")
+    for group in served.groups:
+        named = {entry["name"]: entry["containerPort"] for entry in group.ray.get("ports", [])}
+        if named.get("serve") != port:
+            message = (
+                f"port `serve` of {group.name} is {named.get('serve')}, and Serve listens on {port}: make them equal"
+            )
+            yield served.problem("port", message)
+        taken = {int(group.environment.get(name, default)) for name, default in HAPROXY_PORTS.items()}
+        for name in named:
+            if named[name] in taken:
+                message = (
+                    f"port `{name}` of {group.name}, {named[name]}, is HAProxy's own: it must not be reached; remove it"
+                )
+                yield served.problem("port", message)
+
+
+def _behind_ingress(served: Served, manifests: list[Manifest]) -> Iterator[Problem]:
+    """An Ingress leads to the service that KubeRay makes, and waits as long as a generation takes."""
+    for ingress in of_kind(manifests, "Ingress"):
+        for rule in ingress["spec"]["rules"]:
+            for path in rule["http"]["paths"]:
+                service = path["backend"]["service"]
+                there = service["name"], service["port"]["number"]
+                wanted = f"{served.where.removeprefix('RayService ')}-serve-svc", served.raw["http_options"]["port"]
+                if there != wanted:
+                    yield Problem("ingress", name_of(ingress), f"leads to {there}: must be KubeRay's {wanted}")
+        timeout = float(ingress["metadata"].get("annotations", {}).get(_READ_TIMEOUT, 60))
+        if timeout < served.app.longest_generation_s:
+            message = f"{_READ_TIMEOUT} is {timeout:g} s: raise it above {served.app.longest_generation_s:g} s"
+            yield Problem("graceful shutdown", name_of(ingress), message)
