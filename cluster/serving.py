@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.manifests import Group, Manifest, Problem, cluster_spec, groups, name_of, of_kind
+from cluster.manifests import Group, Manifest, Problem, cluster_spec, groups, name_of, of_kind, pods
 from serve_app.config import AppConfig
 
 IMPORT_PATH = "serve_app.app:build"
@@ -49,8 +49,9 @@ def check_serving(manifests: list[Manifest]) -> Iterator[Problem]:
             continue
         if application.import_path != IMPORT_PATH:
             yield served.problem("serve config", f"import_path {application.import_path}: must be {IMPORT_PATH}")
-        for check in (_fits, _shares_nothing, _is_patient, _haproxy, _ports):
+        for check in (_fits, _shares_nothing, _is_patient, _haproxy, _ports, _has_files):
             yield from check(served)
+        yield from _waits_for_weights(served, manifests)
         yield from _behind_ingress(served, manifests)
 
 
@@ -217,9 +218,43 @@ def _ports(served: Served) -> Iterator[Problem]:
                 yield served.problem("port", message)
 
 
+def _has_files(served: Served) -> Iterator[Problem]:
+    """The weights are mounted wherever a replica may be, and the keys where the Ingress deployment may."""
+    model, keys = served.app.model, served.app.keys.file
+    for group in served.groups:
+        mounts = [mount["mountPath"] for mount in group.ray.get("volumeMounts", [])]
+        wanted = [model] if model.startswith("/") and (group.cpus or group.gpus) else []
+        for path in wanted + ([str(keys)] if keys and group.cpus else []):
+            if not any(path.startswith(f"{mount}/") for mount in mounts):
+                yield served.problem("files", f"{path} is under no mount of {group.name}, {mounts}: mount its volume")
+
+
+def _waits_for_weights(served: Served, manifests: list[Manifest]) -> Iterator[Problem]:
+    """The job fills the folder that is served, and nodes wait for it: Serve gives up what fails three times."""
+    model = served.app.model
+    if not model.startswith("/"):
+        return
+    targets = {
+        entry["value"]
+        for job in of_kind(manifests, "Job")
+        for pod in pods(job)
+        for container in pod.containers
+        for entry in container.get("env", [])
+        if entry["name"] == "TARGET"
+    }
+    if targets != {model}:
+        yield served.problem("weights", f"model is {model}, and the job fills {sorted(targets)}: make them equal")
+    for group in served.groups:
+        commands = " ".join(" ".join(c.get("command", [])) for c in group.pod.spec.get("initContainers", []))
+        if (group.cpus or group.gpus) and f"{model}/" not in commands:
+            yield served.problem("weights", f"no initContainer of {group.name} waits for {model}: name it there")
+
+
 def _behind_ingress(served: Served, manifests: list[Manifest]) -> Iterator[Problem]:
     """An Ingress leads to the service that KubeRay makes, and waits as long as a generation takes."""
     for ingress in of_kind(manifests, "Ingress"):
+        if served.app.keys.file is None and served.app.keys.keys is None:
+            yield served.problem("ingress", "keys: the Ingress lets everybody in; name a file of keys")
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
                 service = path["backend"]["service"]

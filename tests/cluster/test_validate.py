@@ -102,6 +102,12 @@ BREAKS = [
         "t2v-head-svc",
         where="Ingress t2v",
     ),
+    served("ingress", "lets everybody in", "applications.0.args.keys", {}),
+    # Files
+    served("files", "/weights/ms is under no mount of gpu", "applications.0.args.model", "/weights/ms"),
+    served("files", "/etc/keys is under no mount of cpu", "applications.0.args.keys.file", "/etc/keys"),
+    served("weights", "make them equal", "applications.0.args.model", "/models/zeroscope"),
+    Break("weights", "of gpu waits", f"{GPU}.template.spec.initContainers", GONE),
     # KubeRay's own rules
     Break("name", "DNS label", "metadata.name", "T2V", CALLER, "RayCluster t2v-shared"),
     Break("upgrade", "no GPUs", "spec.upgradeStrategy.type", "NewCluster"),
