@@ -3,13 +3,15 @@
 import ast
 import copy
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import yaml
 
 from cluster.manifests import CannotRender, Problem, quantity, render
+from cluster.render import KUBERAY
 from cluster.validate import FOLDERS, ROOT, Tree, check_rules, check_schemas
 
 ONE, POOL, DEV, CALLER = FOLDERS
@@ -252,6 +254,18 @@ def test_a_dashboard_that_asks_for_another_metric_is_found(trees):
         (problem,) = check_rules(broken)
         assert (problem.rule, panel["title"] in problem.where) == ("metric", True)
         panel["targets"][0]["expr"] = kept
+
+
+@pytest.mark.parametrize(("name", "ours", "other"), [(ONE, "embedded", "redis"), (POOL, "redis", "embedded")])
+def test_each_overlay_takes_either_way_to_keep_the_clusters_state(name, ours, other, trees, known, tmp_path):
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    file = tmp_path / "kuberay" / name / "kustomization.yaml"
+    text = file.read_text()
+    assert f"components/gcs-{ours}" in text
+    file.write_text(text.replace(f"components/gcs-{ours}", f"components/gcs-{other}"))
+    swapped = replace(trees[name], manifests=render(file.parent))
+    assert swapped.manifests != trees[name].manifests
+    assert [*check_schemas(swapped, known), *check_rules(swapped)] == []
 
 
 def test_kustomize_refuses_what_is_not_there(tmp_path):
