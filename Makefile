@@ -7,25 +7,31 @@ CONSTRAINTS := .ci/constraints.txt
 OUT ?= outputs
 PORT ?= 8000
 KILLS ?= 200
+DATABASE ?=
 SEED ?= 0
 PROMPT ?= A red circle moving right on a white background.
 
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: run test test-fast chaos lint validate clean
+.PHONY: run cluster test test-fast chaos lint validate clean
 
 # Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
 	$(BIN)/t2v serve --port $(PORT) --first-prompt "$(PROMPT)" --first-output $(OUT)/first.mp4 $(if $(ONCE),--once)
 
+# Two Ray nodes on this machine with the service on them, until Ctrl-C. DATABASE=postgresql://... is where jobs stay.
+cluster: $(VENV)/.installed-test
+	PYTHONPATH=tests/serve $(BIN)/python -m cluster.local --port $(PORT) $(if $(DATABASE),--database $(DATABASE)) $(if $(ONCE),--once)
+
 # The tests of the running service need the cores to themselves, and the full-size ones the memory.
 test: test-fast
 	$(BIN)/pytest -m service
+	$(BIN)/pytest -m cluster
 	$(BIN)/pytest -m full_size
 
 test-fast: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto -m "not full_size and not service"
+	$(BIN)/pytest -n auto -m "not full_size and not service and not cluster"
 
 # Kills parts of a running service at random, for about 15 minutes. KILLS=50 SEED=3 choose others.
 chaos: $(VENV)/.installed-test

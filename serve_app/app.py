@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 
-from serve_app.config import AppConfig, GeneratorConfig, IngressConfig, Scaling, StorageConfig
+from serve_app.config import AppConfig, GeneratorConfig, IngressConfig, Placement, Scaling, StorageConfig
 from serve_app.decoder import Decoder
 from serve_app.denoiser import Denoiser
 from serve_app.generator import Generator
@@ -50,17 +50,12 @@ def _deployed(cls: type, options: dict[str, Any], config: AppConfig) -> Deployme
 
 
 def _fixed(config: GeneratorConfig | IngressConfig, max_ongoing: int) -> dict[str, Any]:
-    return {
-        "num_replicas": config.num_replicas,
-        "max_ongoing_requests": max_ongoing,
-        "ray_actor_options": {"num_cpus": config.num_cpus},
-    }
+    return _placed(config) | {"num_replicas": config.num_replicas, "max_ongoing_requests": max_ongoing}
 
 
 def _scaled(scaling: Scaling, reserve: int = 0) -> dict[str, Any]:
     """A stage's replicas take as many requests as they are scaled by: else the first takes all, and others idle."""
-    actor = {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus, "resources": scaling.resources}
-    options = {"max_ongoing_requests": scaling.max_ongoing, "ray_actor_options": actor}
+    options = _placed(scaling, scaling.num_gpus) | {"max_ongoing_requests": scaling.max_ongoing}
     if scaling.min_replicas == scaling.max_replicas:
         # While others are being started, the first replicas would fill the reserve as well.
         options["max_ongoing_requests"] = scaling.max_ongoing + reserve
@@ -75,6 +70,18 @@ def _scaled(scaling: Scaling, reserve: int = 0) -> dict[str, Any]:
         look_back_period_s=3.0,
     )
     return options | {"autoscaling_config": autoscaling}
+
+
+def _placed(placement: Placement, num_gpus: float = 0.0) -> dict[str, Any]:
+    """Serve spreads a deployment's replicas over the nodes that have room for one and the labels asked for."""
+    actor = {"num_cpus": placement.num_cpus, "num_gpus": num_gpus, "resources": placement.resources}
+    if placement.label_selector:
+        actor["label_selector"] = placement.label_selector
+    return {
+        "ray_actor_options": actor,
+        "max_replicas_per_node": placement.max_replicas_per_node,
+        "max_surge_percent": placement.max_surge_percent,
+    }
 
 
 def _anchored(config: AppConfig) -> StorageConfig:

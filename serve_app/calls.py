@@ -64,7 +64,15 @@ class Denoised:
     latents: Tensor = field(repr=False)
 
 
-DenoiseEvent = Progress | Checkpoint | PreviewPicture | Denoised
+@dataclass(frozen=True, slots=True)
+class HandedBack:
+    """The last event of a replica whose node goes away: another one goes on from this `Trajectory.to_bytes`."""
+
+    step: int
+    trajectory: bytes = field(repr=False)
+
+
+DenoiseEvent = Progress | Checkpoint | PreviewPicture | Denoised | HandedBack
 
 
 @dataclass(frozen=True, slots=True)

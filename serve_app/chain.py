@@ -1,14 +1,23 @@
 """One request through the three stages."""
 
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, PreviewPicture, Progress, Rendered
+from serve_app.calls import (
+    Checkpoint,
+    DenoiseCall,
+    Denoised,
+    DenoiseEvent,
+    HandedBack,
+    PreviewPicture,
+    Progress,
+    Rendered,
+)
 from serve_app.remote import finished, plain_errors
 
 
@@ -28,21 +37,32 @@ class Chain:
         if call.params.video is not None and call.trajectory is None:
             with plain_errors("decoder"):
                 call = replace(call, video=await finished(self.decoder.encode.remote(call.params.video)))
-        # It goes from stage to stage, and not through here.
-        conditioning = self.text_encoder.encode.remote(call.params, call.id, call.fence)
-        stream = cast("DeploymentResponseGenerator[DenoiseEvent]", self.denoiser.denoise.remote(call, conditioning))
-        latents = None
-        try:
-            with plain_errors("denoiser"):
-                async for event in stream:
+        latents, is_handed_back = None, True
+        while is_handed_back:
+            is_handed_back = False
+            async with aclosing(self._denoise(call)) as events:
+                async for event in events:
                     if isinstance(event, Denoised):
                         latents = event.latents
+                    elif isinstance(event, HandedBack):
+                        call, is_handed_back = replace(call, trajectory=event.trajectory, video=None), True
+                        yield Checkpoint(event.step, event.trajectory)
                     else:
                         yield event
-        finally:
-            with suppress(RayError):  # of a call that never began it raises why, and in place of our own error
-                stream.cancel()  # type: ignore[no-untyped-call]
         assert latents is not None
         with plain_errors("decoder"):
             rendered: Rendered = await finished(self.decoder.decode.remote(latents, call.params, call.id, call.fence))
         yield rendered
+
+    async def _denoise(self, call: DenoiseCall) -> AsyncGenerator[DenoiseEvent, None]:
+        """On one replica, to the latents or as far as that comes."""
+        # The conditioning goes from stage to stage, and not through here.
+        conditioning = self.text_encoder.encode.remote(call.params, call.id, call.fence)
+        stream = cast("DeploymentResponseGenerator[DenoiseEvent]", self.denoiser.denoise.remote(call, conditioning))
+        try:
+            with plain_errors("denoiser"):
+                async for event in stream:
+                    yield event
+        finally:
+            with suppress(RayError):  # of a call that never began it raises why, and in place of our own error
+                stream.cancel()  # type: ignore[no-untyped-call]

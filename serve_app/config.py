@@ -26,7 +26,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Scaling(_Section):
+class Placement(_Section):
+    """What a replica takes of a node, and on which nodes it may be.
+
+    `label_selector`: of Ray's node labels, as {"pool": "gpu"}. `max_replicas_per_node`: of a stage
+    that takes a small share of a GPU, as many as a node has GPUs: more of them would leave the others no room.
+    `max_surge_percent`: so many replicas of a new version are started before old ones are stopped, so that a version
+    that does not start displaces none. 0 where there is no room for more, as in a fixed pool of GPUs.
+    """
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
+    max_surge_percent: int = Field(default=100, ge=0, le=100)
+
+
+class Scaling(Placement):
     """How many replicas a stage has, and the share of a machine each takes. `min_replicas` 0 scales to zero.
 
     `max_ongoing` requests share a replica: with more waiting, Serve starts another, as far as `max_replicas`.
@@ -36,11 +52,9 @@ class Scaling(_Section):
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     max_ongoing: int = Field(default=8, ge=1)
-    num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: int | None = Field(default=None, ge=0)
     dtype: Precision | None = None
-    resources: dict[str, float] = Field(default_factory=dict)
     upscale_delay_s: float = Field(default=2.0, ge=0)
     downscale_delay_s: float = Field(default=60.0, ge=0)
 
@@ -70,15 +84,18 @@ class DenoiserConfig(Scaling):
 
     `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU. `warm_up`:
     sizes, (num_frames, height, width), of which no request shall be the first; the model's own is always among them.
+    `hand_back_s`: so long before its node goes, where that is announced, a denoiser hands its videos to the others.
     """
 
     max_ongoing: int = Field(default=2, ge=1)
     urgent_reserve: int = Field(default=1, ge=0)
     num_cpus: float = Field(default=1.0, ge=0)
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
     num_threads: int | None = Field(default=0, ge=0)
     profile: Path | None = None
     warm_up: tuple[tuple[Frames, Side, Side], ...] = ()
     checkpoint_every_s: Seconds = 5.0
+    hand_back_s: Seconds = 10.0
     stuck_after_s: Seconds = 300.0  # with no step done for so long, the replica is replaced
     preview_every_steps: int = Field(default=5, ge=0)
 
@@ -88,11 +105,12 @@ class DecoderConfig(Scaling):
 
     max_ongoing: int = Field(default=4, ge=1)
     num_cpus: float = Field(default=0.4, ge=0)
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
     num_threads: int | None = Field(default=0, ge=0)
     encoding_threads: int = Field(default=2, ge=1)
 
 
-class GeneratorConfig(_Section):
+class GeneratorConfig(Placement):
     """Generators: a fixed number of them that claim jobs and see each through the stages.
 
     Together they hold as many jobs as all denoisers can work on, `jobs_ahead` times over: Serve's autoscaling sees
@@ -111,7 +129,7 @@ class GeneratorConfig(_Section):
     sweep_every_s: Seconds = 60.0
 
 
-class IngressConfig(_Section):
+class IngressConfig(Placement):
     """The HTTP API."""
 
     num_replicas: int = Field(default=1, ge=1)

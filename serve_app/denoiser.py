@@ -7,9 +7,19 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from serve_app.calls import Checkpoint, DenoiseCall, Denoised, DenoiseEvent, DenoiserStatus, PreviewPicture, Progress
+from serve_app.calls import (
+    Checkpoint,
+    DenoiseCall,
+    Denoised,
+    DenoiseEvent,
+    DenoiserStatus,
+    HandedBack,
+    PreviewPicture,
+    Progress,
+)
 from serve_app.config import DenoiserConfig
 from serve_app.devices import place
+from serve_app.draining import leaves_in_s
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import Superseded, Unavailable
 from serve_app.job_logs import fields, log_through_serve, name_job
@@ -47,9 +57,14 @@ from t2v_core.weights import load_autoencoder, load_unet
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AT_OWNERS_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
 _BROKEN_PAUSE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Leave:
+    """Told to a call whose replica goes away."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,8 +73,9 @@ class _Live:
 
     call: DenoiseCall
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[tuple[float, Event]] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[tuple[float, Event | _Leave]] = field(default_factory=asyncio.Queue)
     why_stopped: str | None = None
+    is_leaving: bool = False
 
     @property
     def engine_id(self) -> str:
@@ -96,6 +112,7 @@ class Denoiser:
     async def denoise(self, call: DenoiseCall, conditioning: Conditioning) -> AsyncIterator[DenoiseEvent]:
         """Progress, checkpoints and previews as they come, and the latents at the end. Closing it stops the work.
 
+        Where the node goes away before that, the end is where the request stands: another replica goes on with it.
         Raises Superseded where a later attempt of the same request is here or comes, GenerationFailed,
         UnreadableTrajectory, and Unavailable where this replica cannot work.
         """
@@ -107,7 +124,7 @@ class Denoiser:
         live = _Live(call, asyncio.get_running_loop())
         self._live[live.engine_id] = live
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._watch_owners())
+            self._watch = asyncio.create_task(self._watch_surroundings())
         name_job(call.id, call.fence)  # not before: the watch is on behalf of all calls
         try:
             denoising = await asyncio.to_thread(self._prepare, call, conditioning)
@@ -204,18 +221,22 @@ class Denoiser:
         logger.info("denoising stopped: job=%s fence=%d reason=%s", job_id, fence, why, extra=fields(job_id, fence))
         self._thread.cancel(live.engine_id)
 
-    async def _watch_owners(self) -> None:
-        """Ends when there is nothing to do."""
+    async def _watch_surroundings(self) -> None:
+        """Whether those for whom the work is done are there, and this node stays. Ends when there is nothing to do."""
         while self._live:
             try:
                 lost = await gone({owner for live in self._live.values() for owner in live.call.owners})
+                left_s = await leaves_in_s()
             except Exception as error:  # while Ray's head is away nobody can be called dead
-                logger.warning("owners cannot be looked at: %r", error)
-                lost = set()
+                logger.warning("owners and node cannot be looked at: %r", error)
+                lost, left_s = set(), None
             for live in self._live.values():
                 if lost.intersection(live.call.owners):
                     self._stop(live, "its owner is gone")
-            await asyncio.sleep(_LOOK_AT_OWNERS_EVERY_S)
+                elif left_s is not None and left_s < self._config.hand_back_s and not live.is_leaving:
+                    live.is_leaving = True
+                    live.events.put_nowait((time.monotonic(), _Leave()))
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _hand_over(self, event: Event) -> None:
         """In the engine's thread: to the call that the event is for, if that still listens."""
@@ -248,6 +269,14 @@ class Denoiser:
             elif isinstance(event, Preview):
                 picture = await asyncio.to_thread(encode_spritesheet, event.frames, columns=len(event.frames))
                 yield PreviewPicture(event.step_index, picture)
+            elif isinstance(event, _Leave):
+                trajectory = await asyncio.wrap_future(self._thread.take(live.engine_id))
+                if trajectory is not None:  # else it has just ended, and the event of that is on its way
+                    logger.info(
+                        "handed back: job=%s fence=%d step=%d", live.call.id, live.call.fence, trajectory.step_index
+                    )
+                    yield HandedBack(trajectory.step_index, await asyncio.to_thread(trajectory.to_bytes))
+                    return
             elif isinstance(event, Finished):
                 yield Denoised(await asyncio.to_thread(event.trajectory.latents.cpu))
                 return

@@ -97,6 +97,7 @@ SERVICE_ALLOWED = {
     "config": set(),
     "calls": set(),
     "owners": set(),
+    "draining": set(),
     "jobs": {"errors"},
     "folder": {"errors"},
     "bucket": {"errors"},
@@ -123,7 +124,7 @@ SERVICE_ALLOWED = {
     "api": {"document", "failures", "parts", "schemas", "videos"},
     "text_encoder": {"config", "devices", "job_logs", "metrics"},
     "decoder": {"calls", "config", "devices", "job_logs", "metrics"},
-    "denoiser": {"calls", "config", "devices", "engine_metrics", "errors", "job_logs", "metrics", "owners"},
+    "denoiser": {"calls", "config", "devices", "draining", "engine_metrics", "errors", "job_logs", "metrics", "owners"},
     "chain": {"calls", "remote"},
     "attempt": {"artifacts", "calls", "chain", "config", "errors", "inputs", "job_logs", "jobs", "metrics"},
     "generator": {
@@ -183,7 +184,7 @@ CLUSTER_OTHERS = {
 }
 # Only the deployments know Ray, only the API knows HTTP, only the store knows SQL.
 LIBRARIES = {
-    "ray": {"metrics", "text_encoder", "chain", "generator", "ingress", "app", "cli", "owners", "remote"},
+    "ray": {"metrics", "text_encoder", "chain", "generator", "ingress", "app", "cli", "draining", "owners", "remote"},
     "fastapi": {"api", "content", "document", "failures", "ingress", "parts", "videos"},
     "sqlalchemy": {"jobs"},
     "fsspec": {"bucket", "artifacts"},

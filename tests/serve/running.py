@@ -59,8 +59,8 @@ class Running:
     def ended(self, video_id: str, within_s: float = 90.0) -> dict[str, Any]:
         return wait_for(lambda: (v := self.video(video_id))["status"] in ENDED and v, within_s)
 
-    def at_step(self, video_id: str, step: int) -> dict[str, Any]:
-        return wait_for(lambda: (v := self.video(video_id))["step"] >= step and v)
+    def at_step(self, video_id: str, step: int, within_s: float = 60.0) -> dict[str, Any]:
+        return wait_for(lambda: (v := self.video(video_id))["step"] >= step and v, within_s)
 
     def frames(self, video_id: str) -> torch.Tensor:
         content = self.client.get(f"/v1/videos/{video_id}/content")

@@ -60,6 +60,30 @@ def test_a_stage_takes_as_many_requests_as_it_is_scaled_by(tmp_path, monkeypatch
     assert (config.jobs_per_generator - 1) * 5 < 4 * 3
 
 
+def test_a_part_is_placed_as_its_section_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    on_gpus = {"label_selector": {"pool": "gpu"}, "max_replicas_per_node": 1, "max_surge_percent": 50}
+    ingress = build(AppConfig.model_validate({"decoder": on_gpus, "ingress": {"label_selector": {"pool": "cpu"}}}))
+    generator = ingress._bound_deployment.init_args[-1]
+    decoder = generator._bound_deployment.init_args[-1]._bound_deployment
+    assert decoder.ray_actor_options["label_selector"] == {"pool": "gpu"}
+    assert decoder._replica_config.max_replicas_per_node == 1
+    assert decoder._deployment_config.max_surge_percent == 50
+    assert ingress._bound_deployment.ray_actor_options["label_selector"] == {"pool": "cpu"}
+    assert "label_selector" not in generator._bound_deployment.ray_actor_options
+
+
+def test_a_version_that_does_not_start_displaces_no_part_that_needs_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ingress = build(AppConfig())
+    generator = ingress._bound_deployment.init_args[-1]
+    encoder, denoiser, decoder = (stage._bound_deployment for stage in generator._bound_deployment.init_args[-3:])
+    for deployment in (ingress._bound_deployment, generator._bound_deployment, encoder):
+        assert deployment._deployment_config.max_surge_percent == 100
+    for deployment in (denoiser, decoder):
+        assert deployment._deployment_config.max_surge_percent == 0
+
+
 def test_relative_paths_are_taken_from_where_the_service_is_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage = build(AppConfig())._bound_deployment.init_args[1]

@@ -1,0 +1,201 @@
+"""The service on several Ray nodes of this machine, deployed as on any cluster: a file, and `serve deploy`."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import httpx2
+import psycopg
+import yaml
+from moto.server import ThreadedMotoServer
+from running import APP, PROMPT, Running, wait_for
+
+from cluster.ray_nodes import SERVE, RayNode, RayNodes, free_port
+from serve_app.config import AppConfig
+
+Storage = dict[str, Any]
+
+LONG_S = 240.0  # a wait is for as long as a machine takes that has other work as well
+# Ray's workers are nice to its own processes, and to all others on the machine, which here would halt them.
+NOT_NICE = {"RAY_worker_niceness": "0"}
+CALLING_JOB = Path(__file__).with_name("calling_job.py")
+
+
+@contextmanager
+def bucket() -> Iterator[Storage]:
+    """An S3 endpoint, as the options of an artifact store in it."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = {"endpoint_url": f"http://{host}:{port}", "key": "test-key", "secret": "test-secret"}
+        fsspec.filesystem("s3", **options).mkdir("t2v")
+        yield {"artifacts": "s3://t2v/store", "artifact_options": options}
+    finally:
+        server.stop()
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A replica, as Serve tells of it."""
+
+    deployment: str
+    id: str
+    state: str
+    ip: str | None
+
+
+@dataclass
+class Clustered(Running):
+    """The running service, and the nodes it runs on."""
+
+    nodes: RayNodes
+
+    def deploy(self, config: AppConfig | dict[str, Any]) -> None:
+        """`serve deploy`. Serve has taken the file when this returns, and nothing more."""
+        args = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, AppConfig) else config
+        app = {"name": APP, "import_path": "serve_app.app:build", "route_prefix": "/", "args": args}
+        port = int(self.url.rpartition(":")[2])
+        http = {"host": "127.0.0.1", "port": port}
+        file = self.nodes.folder / "serve.yaml"
+        file.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": http, "applications": [app]}))
+        self.nodes.run(SERVE, "deploy", str(file))
+
+    def application(self) -> dict[str, Any]:
+        """What Serve says of the application."""
+        return dict(self.ask("/api/serve/applications/")["applications"][APP])
+
+    def ask(self, path: str) -> dict[str, Any]:
+        """Ray's dashboard."""
+        token = Path(self.nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        response = httpx2.get(f"{self.nodes.dashboard}{path}", headers={"authorization": f"Bearer {token}"}, timeout=10)
+        return dict(response.raise_for_status().json())
+
+    def all_replicas(self, deployment: str, state: str = "RUNNING") -> list[Replica]:
+        listed = self.application()["deployments"][deployment]["replicas"]
+        replicas = [Replica(deployment, r["replica_id"], r["state"], r["node_ip"]) for r in listed]
+        return [replica for replica in replicas if replica.state == state]
+
+    def node_of(self, replica: Replica) -> RayNode:
+        (node,) = [node for node in self.nodes.nodes if node.ip == replica.ip and node.process.poll() is None]
+        return node
+
+    def await_ready(self, within_s: float = LONG_S) -> None:
+        """All that the newest file asks for runs."""
+        wait_for(lambda: self.application()["status"] == "RUNNING", within_s, every_s=0.2)
+        wait_for(lambda: self.client.get("/readyz").json()["ready"], within_s, every_s=0.2)
+
+    def completions(self) -> list[str]:
+        with psycopg.connect(self.config.storage.database) as connection:
+            rows = connection.execute("SELECT job_id FROM outbox WHERE event = 'video.completed'")
+            return [job_id for (job_id,) in rows]
+
+
+@contextmanager
+def clustered(nodes: RayNodes, config: AppConfig) -> Iterator[Clustered]:
+    """The service on these nodes with this configuration; it ends with the nodes."""
+    url = f"http://127.0.0.1:{free_port()}"
+    with httpx2.Client(base_url=url, timeout=30) as client:
+        service = Clustered(url, config, client, nodes)
+        service.deploy(config)
+        service.await_ready()
+        yield service
+
+
+@contextmanager
+def calling_job(nodes: RayNodes, node: RayNode) -> Iterator["CallingJob"]:
+    """Another Ray job, on that node, that calls the service by its handle again and again."""
+    file = nodes.folder / "calls"
+    with file.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(CALLING_JOB), nodes.address, node.ip, PROMPT],
+            env={**os.environ, **nodes.env},
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        yield CallingJob(process, file)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class CallingJob:
+    """A driver of its own. Each line of the file is a call of it that has ended."""
+
+    process: "subprocess.Popen[bytes]"
+    file: Path
+
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def num_made(self) -> int:
+        assert self.process.poll() is None, "the calling job has ended"
+        return sum(call["error"] is None for call in self.calls())
+
+    def await_more(self, num_videos: int, within_s: float = LONG_S) -> None:
+        """Until it has got so many more videos."""
+        wanted = self.num_made() + num_videos
+        wait_for(lambda: self.num_made() >= wanted, within_s, every_s=0.2)
+
+
+@dataclass
+class Asking:
+    """A client that asks all the time, tries nothing twice, and notes what failed."""
+
+    url: str
+    num_asked: int = 0
+    failures: list[str] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def asking(service: Running, every_s: float = 0.1, create_every: int = 30, num_steps: int = 6) -> Iterator[Asking]:
+    """Lists videos, and makes one now and then, until the block ends."""
+    notes, is_over = Asking(service.url), threading.Event()
+
+    def ask() -> None:
+        with httpx2.Client(base_url=service.url, timeout=30) as client:
+            while not is_over.wait(every_s):
+                try:
+                    if notes.num_asked % create_every:
+                        response = client.get("/v1/videos", params={"limit": 1})
+                    else:
+                        body = {"prompt": PROMPT, "seed": notes.num_asked, "num_inference_steps": num_steps}
+                        response = client.post("/v1/videos", json=body)
+                        notes.created.append(response.json()["id"])
+                    response.raise_for_status()
+                except (httpx2.HTTPError, KeyError, ValueError) as error:
+                    notes.failures.append(repr(error))
+                notes.num_asked += 1
+
+    with closing(_Thread(ask, is_over)):
+        yield notes
+
+
+class _Thread:
+    def __init__(self, target: Any, is_over: threading.Event) -> None:
+        self._is_over, self._thread = is_over, threading.Thread(target=target)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+def all_ended(service: Running, videos: list[str], within_s: float = LONG_S) -> list[str]:
+    """How they ended."""
+    deadline = time.monotonic() + within_s
+    return [service.ended(video, max(1.0, deadline - time.monotonic()))["status"] for video in videos]
