@@ -139,7 +139,8 @@ class CallingJob:
     file: Path
 
     def calls(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+        lines = self.file.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]  # Ray says there what nodes have died
 
     def num_made(self) -> int:
         assert self.process.poll() is None, "the calling job has ended"

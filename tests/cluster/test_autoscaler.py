@@ -57,7 +57,7 @@ def test_from_no_denoiser_to_three_on_new_nodes_and_back_and_no_job_is_lost(serv
     assert living(service) == 1
     assert service.all_replicas("Denoiser") == service.all_replicas("Decoder") == []
     began = time.monotonic()
-    videos = [service.create(seed=seed, num_inference_steps=30) for seed in range(6)]
+    videos = [service.create(seed=seed, num_inference_steps=24) for seed in range(6)]
     wait_for(lambda: len(service.all_replicas("Denoiser")) >= 1, LONG_S, every_s=0.2)
     note("the first denoiser runs", began)
     wait_for(lambda: len(service.all_replicas("Denoiser")) == 3, LONG_S, every_s=0.2)
