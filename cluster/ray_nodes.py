@@ -104,9 +104,13 @@ class RayNodes:
         return self._start(f"{self.network}.{self._num_nodes}", f"--address={self.address}", *options)
 
     def run(self, *command: str) -> str:
-        """What a command that speaks to this cluster says. Raises CalledProcessError if it fails."""
+        """What a command that speaks to this cluster says. Raises RuntimeError, with what it said, if it fails."""
         env = {**os.environ, **self._client_env}
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, text=True)
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}: {done.stdout[-2_000:]}")
         return done.stdout
 
     def exports(self) -> str:

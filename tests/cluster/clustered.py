@@ -73,14 +73,12 @@ class Clustered(Running):
         self.nodes.run(SERVE, "deploy", str(file))
 
     def application(self) -> dict[str, Any]:
-        """What Serve says of the application."""
-        return dict(self.ask("/api/serve/applications/")["applications"][APP])
-
-    def ask(self, path: str) -> dict[str, Any]:
-        """Ray's dashboard."""
+        """What Ray's dashboard says of the application."""
         token = Path(self.nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-        response = httpx2.get(f"{self.nodes.dashboard}{path}", headers={"authorization": f"Bearer {token}"}, timeout=10)
-        return dict(response.raise_for_status().json())
+        response = httpx2.get(
+            f"{self.nodes.dashboard}/api/serve/applications/", headers={"authorization": f"Bearer {token}"}, timeout=10
+        )
+        return dict(response.raise_for_status().json()["applications"][APP])
 
     def all_replicas(self, deployment: str, state: str = "RUNNING") -> list[Replica]:
         listed = self.application()["deployments"][deployment]["replicas"]

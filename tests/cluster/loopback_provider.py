@@ -22,6 +22,12 @@ from cluster.ray_nodes import RayNode, RayNodes, start_node
 
 _FIRST = 100  # the last number of the first address; lower ones are for nodes that a test itself starts
 
+# Of these there is no default for a provider that Ray does not know.
+_COMMANDS = (
+    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+    "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
+)  # fmt: skip
+
 
 class LoopbackProvider(FakeMultiNodeProvider):
     """Starts and ends nodes. What it knows of them is enough for Ray to tell which of them have come up."""
@@ -89,6 +95,10 @@ def autoscaling_config(nodes: RayNodes, head_node_id: str, node_types: dict[str,
         "available_node_types": node_types | head,
         "head_node_type": "ray.head.default",
         "upscaling_speed": 10.0,
-        "idle_timeout_minutes": 0.1,
+        "idle_timeout_minutes": 0.3,
         "auth": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in _COMMANDS},
+        "file_mounts": {},
+        "docker": {},
     }
