@@ -161,7 +161,7 @@ class Asking:
 
 
 @contextmanager
-def asking(service: Running, every_s: float = 0.1, create_every: int = 30, num_steps: int = 6) -> Iterator[Asking]:
+def asking(service: Running, every_s: float = 0.1, create_every: int = 150, num_steps: int = 4) -> Iterator[Asking]:
     """Lists videos, and makes one now and then, until the block ends."""
     notes, is_over = Asking(service.url), threading.Event()
 
