@@ -35,7 +35,7 @@ def build(args: AppConfig) -> Application:
         config.generator, storage, webhooks, config.jobs_per_generator, reserve, *stages
     )
     ingress = _deployed(serve.ingress()(Ingress), _fixed(config.ingress, config.ingress.max_ongoing), config)
-    return ingress.bind(config.ingress, storage, config.keys, webhooks, *weights, generator)
+    return ingress.bind(config.ingress, storage, config.keys, webhooks, *weights, generator, denoiser)
 
 
 def _deployed(cls: type, options: dict[str, Any], config: AppConfig) -> Deployment:

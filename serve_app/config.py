@@ -139,7 +139,7 @@ class IngressConfig(Placement):
     max_queued_per_key: int | None = Field(default=100, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     max_upload_bytes: int = Field(default=64 << 20, ge=1)  # of a body with an input video
-    max_pixel_frames: int | None = Field(default=None, ge=1)
+    max_pixel_frames: int | None = Field(default=None, ge=1)  # by default what the denoisers' memory holds, measured
 
 
 class KeysConfig(_Section):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from serve_app.calls import Rendered, RenderedFile
 from serve_app.config import DecoderConfig
-from serve_app.devices import place, tell_memory
+from serve_app.devices import place
 from serve_app.job_logs import log_through_serve, name_job
+from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from t2v_core import stages
 from t2v_core.graphs import replay_decoder
@@ -50,7 +51,7 @@ class Decoder:
         loop = asyncio.get_running_loop()
         frames = await loop.run_in_executor(self._decoding, stages.decode_frames, self._network, latents)
         decoded = time.monotonic()
-        tell_memory(self._metrics, self._device)
+        tell_memory(self._metrics, gpu_memory(self._device))
         video, thumbnail, spritesheet = await asyncio.gather(
             loop.run_in_executor(self._encoding, Video(frames, params, self._model).encode),
             loop.run_in_executor(self._encoding, encode_thumbnail, frames),

@@ -23,8 +23,10 @@ from serve_app.draining import leaves_in_s
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import Superseded, Unavailable
 from serve_app.job_logs import fields, log_through_serve, name_job
+from serve_app.memory import free_bytes
 from serve_app.metrics import Metrics
 from serve_app.owners import gone, this_replica
+from serve_app.sizes import SizeLimit, measured
 from t2v_core import stages
 from t2v_core.denoising import Denoising
 from t2v_core.engine import (
@@ -97,8 +99,10 @@ class Denoiser:
         self._schedule = Schedule(weights.config.schedule)
         autoencoder = replay_decoder(load_autoencoder(weights, self._device, self._dtype))
         previewer = FewFrames(autoencoder, num_frames=1)  # all videos wait while it is decoded
+        profile = self._profile(unet, weights)
+        self._size_limit = self._measured_limit(unet, weights, profile)
         budgets = RowBudgets(
-            self._profile(unet, weights),
+            profile,
             free_bytes=free_memory_bytes(self._device),
             unmeasured_rows=2 * config.max_ongoing,
         )
@@ -161,6 +165,10 @@ class Denoiser:
             live=tuple(live.call.id for live in self._live.values()),
         )
 
+    async def size_limit(self) -> SizeLimit | None:
+        """How large a video this replica can hold, as measured when it started."""
+        return self._size_limit
+
     def check_health(self) -> None:
         """Serve replaces a replica whose GPU is lost, or hangs."""
         if self._thread.failure:
@@ -188,6 +196,16 @@ class Denoiser:
             profile.save(path)
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
+
+    def _measured_limit(self, unet: NoisePredictor, weights: Weights, profile: Profile | None) -> SizeLimit | None:
+        """By the profile or, where that tells nothing of memory, by one step of the model's own size."""
+        if profile is None or profile.bytes_per_latent is None:
+            defaults = weights.config.defaults
+            shape = VideoShape(defaults.num_frames, defaults.height, defaults.width).latents()
+            profile = measure(unet, [shape], rows=(2,), repeats=0)
+        limit = measured(profile, free_bytes(self._device))
+        logger.info("size limit: %s", limit)
+        return limit
 
     def _prepare(self, call: DenoiseCall, conditioning: Conditioning) -> Denoising:
         plan = stages.plan(self._schedule, call.params)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from serve_app.config import Scaling
-from serve_app.metrics import MEMORY_ALLOCATED, MEMORY_RESERVED, Metrics
 from t2v_core.pipeline import dtype_of
 from t2v_core.weights import Checkpoint, open_checkpoint
 
@@ -29,10 +28,3 @@ def place(model: str, revision: str | None, config: Scaling) -> Placed:
     device = torch.device("cuda" if config.num_gpus else "cpu")
     dtype = dtype_of(config.dtype, device)
     return Placed(open_checkpoint(model, revision=revision, half=dtype == torch.float16), device, dtype)
-
-
-def tell_memory(metrics: Metrics, device: torch.device) -> None:
-    """How much of its GPU's memory this process takes. Nothing on a CPU."""
-    if device.type == "cuda":
-        metrics.set(MEMORY_ALLOCATED, torch.cuda.memory_allocated(device))
-        metrics.set(MEMORY_RESERVED, torch.cuda.memory_reserved(device))

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from serve_app import metrics
-from serve_app.devices import tell_memory
+from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from t2v_core.engine import Event, Preview
 from t2v_core.engine.counters import Counters
@@ -37,7 +37,7 @@ class EngineMetrics:
             self._tell_growth(before, now)
         if time.monotonic() - self._memory_told_s > _MEMORY_EVERY_S:
             self._memory_told_s = time.monotonic()
-            tell_memory(self._told, self._device)
+            tell_memory(self._told, gpu_memory(self._device))
 
     def _tell_growth(self, before: Counters, now: Counters) -> None:
         told, num_steps = self._told, now.steps - before.steps

@@ -24,12 +24,14 @@ from serve_app.jobs import JobStore
 from serve_app.metrics import Metrics
 from serve_app.owners import ray_job, this_replica
 from serve_app.remote import finished, plain_errors
+from serve_app.sizes import SizeLimit, check_size, smallest
 from serve_app.webhooks import check_url
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.weights import open_checkpoint, public_name
 
 logger = logging.getLogger(__name__)
 
+_LEARN_EVERY_S, _LEARN_FIRST_S = 60.0, 1.0
 _STATUS_HOLDS_S = 0.5  # one question to the controller serves all who ask meanwhile
 
 
@@ -45,9 +47,10 @@ class Ingress:
         model: str,
         revision: str | None,
         generator: "DeploymentHandle[Any]",
+        denoiser: "DeploymentHandle[Any]",
     ) -> None:
         log_through_serve()
-        self._generator = generator
+        self._generator, self._denoiser = generator, denoiser
         self._name = this_replica()
         self._app_name = serve.get_replica_context().app_name
         self._defaults = open_checkpoint(model, revision=revision).config.defaults
@@ -74,7 +77,10 @@ class Ingress:
             wake=self._wake,
             is_ready=self._is_ready,
             check_webhook=partial(check_url, config=webhooks),
+            measured_limit=lambda: self._measured_limit,
         )
+        self._measured_limit: SizeLimit | None = None
+        self._measuring = asyncio.create_task(self._learn_size_limit())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app()
@@ -88,13 +94,13 @@ class Ingress:
         the calling job, killed or not, if `caller` is its id: `ray.get_runtime_context().get_job_id()`.
         Raises InvalidRequest, GenerationFailed, and Unavailable for what is worth another try.
         """
-        return await self._made(resolve(prompt, settings, self._defaults), self._owned(caller))
+        return await self._made(self._resolved(prompt, settings), self._owned(caller))
 
     async def generate_stream(
         self, prompt: str, *, caller: str | None = None, **settings: Unpack[Settings]
     ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
         """The same, with its progress and previews before the video: by a handle with `options(stream=True)`."""
-        params = resolve(prompt, settings, self._defaults)
+        params = self._resolved(prompt, settings)
         stream = cast(
             "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
             self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller)),
@@ -106,7 +112,12 @@ class Ingress:
         finally:
             stream.cancel()  # type: ignore[no-untyped-call]
 
+    async def size_limit(self) -> SizeLimit | None:
+        """How large a video may be, and who says so. None until a Denoiser has told, where nothing is configured."""
+        return self._parts.size_limit()
+
     async def __del__(self) -> None:
+        self._measuring.cancel()
         await self._watcher.close()
         await self._jobs.close()
 
@@ -118,6 +129,21 @@ class Ingress:
         with plain_errors("generator"):
             video: GeneratedVideo = await finished(self._generator.generate.remote(params, owners))
         return video
+
+    def _resolved(self, prompt: str, settings: Settings) -> GenerationParams:
+        params = resolve(prompt, settings, self._defaults)
+        check_size(params, self._parts.size_limit())
+        return params
+
+    async def _learn_size_limit(self) -> None:
+        """From the Denoisers, each time that others may run than before: they are of any kind of machine."""
+        while True:
+            try:
+                limits = await self._denoiser.broadcast("size_limit").results_async(timeout_s=5.0)
+                self._measured_limit = smallest(limits)
+            except Exception as error:  # none runs, or they are being replaced: the last answer holds
+                logger.debug("no Denoiser tells its size limit: %r", error)
+            await asyncio.sleep(_LEARN_EVERY_S if self._measured_limit else _LEARN_FIRST_S)
 
     def _owned(self, caller: str | None) -> tuple[str, ...]:
         return (self._name,) if caller is None else (self._name, ray_job(caller))

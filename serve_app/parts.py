@@ -13,6 +13,7 @@ from serve_app.auth import ApiKeys
 from serve_app.errors import Unavailable
 from serve_app.events import Watcher
 from serve_app.jobs.store import JobStore
+from serve_app.sizes import SizeLimit, configured
 from t2v_core.config import GenerationDefaults
 from t2v_core.params import GenerationParams
 
@@ -25,7 +26,7 @@ class Limits:
     max_queued_per_owner: int | None = 100
     max_body_bytes: int = 1 << 20
     max_upload_bytes: int = 64 << 20
-    max_pixel_frames: int | None = None  # width x height x num_frames
+    max_pixel_frames: int | None = None  # width x height x num_frames; None: as was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class ApiParts:
 
     `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
     a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
-    InvalidRequest for a URL that is not told. `reading` bounds how many input videos are read at a time.
+    InvalidRequest for a URL that is not told. `measured_limit` is what the Denoisers can hold, once they have told.
+    `reading` bounds how many input videos are read at a time.
     """
 
     jobs: JobStore
@@ -57,7 +59,12 @@ class ApiParts:
     wake: Callable[[], Awaitable[None]]
     is_ready: Callable[[], Awaitable[dict[str, bool]]]
     check_webhook: Callable[[str], None]
+    measured_limit: Callable[[], SizeLimit | None]
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+
+    def size_limit(self) -> SizeLimit | None:
+        """How large a video may be now: the operator's word counts before what was measured."""
+        return configured(self.limits.max_pixel_frames) or self.measured_limit()
 
 
 async def _parts_of(request: Request) -> ApiParts:

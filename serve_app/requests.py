@@ -16,6 +16,7 @@ from serve_app import inputs
 from serve_app.bodies import Body
 from serve_app.jobs.model import Job, NewJob, new_job_id
 from serve_app.schemas import CreateVideo, SyncVideo
+from serve_app.sizes import SizeLimit, check_size
 from t2v_core.config import GenerationDefaults
 from t2v_core.errors import InvalidRequest
 from t2v_core.params import MAX_FPS, MAX_FRAMES, GenerationParams, Settings, resolve
@@ -56,7 +57,7 @@ def generation_params(
     asked: SyncVideo,
     defaults: GenerationDefaults,
     *,
-    max_pixel_frames: int | None = None,
+    size_limit: SizeLimit | None = None,
     video: bytes | None = None,
     max_video_bytes: int = 0,
 ) -> GenerationParams:
@@ -81,13 +82,7 @@ def generation_params(
         params = resolve(asked.prompt, settings, defaults, video, inputs.limits(max_video_bytes))
     except InvalidRequest as error:
         raise _as_spelt(error, asked) from error
-    pixel_frames = params.width * params.height * params.num_frames
-    if max_pixel_frames is not None and pixel_frames > max_pixel_frames:
-        raise InvalidRequest(
-            f"{params.num_frames} frames of {params.width}x{params.height} are {pixel_frames} pixels: this service "
-            f"makes at most {max_pixel_frames}; ask for a smaller size or fewer frames",
-            param="size",
-        )
+    check_size(params, size_limit)
     return params
 
 

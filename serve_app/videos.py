@@ -33,6 +33,7 @@ from serve_app.schemas import (
     VideoObject,
     video_object,
 )
+from serve_app.sizes import check_size
 from t2v_core.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ async def create_video(
     model = _served(asked.model, parts)
     if asked.webhook_url is not None:
         parts.check_webhook(asked.webhook_url)
-    params = generation_params(asked, parts.defaults, max_pixel_frames=parts.limits.max_pixel_frames)
+    params = generation_params(asked, parts.defaults, size_limit=parts.size_limit())
     new = new_job(params, owner=owner, model=model, asked=asked, idempotency_key=idempotency_key)
     return await _accept(new, parts, response)
 
@@ -90,7 +91,7 @@ async def edit_video(
             generation_params,
             asked,
             parts.defaults,
-            max_pixel_frames=parts.limits.max_pixel_frames,
+            size_limit=parts.size_limit(),
             video=data,
             max_video_bytes=parts.limits.max_upload_bytes,
         )
@@ -115,6 +116,7 @@ async def remix_video(
     if earlier.input_path is not None:  # an edit: of the same input
         frames = inputs.frames_of(await parts.artifacts.read(earlier.input_path))
     params = remixed_params(earlier, asked.prompt, parts.defaults, frames)
+    check_size(params, parts.size_limit())
     new = new_job(params, owner=owner, model=model, remix_of=earlier, idempotency_key=idempotency_key)
     return await _accept(new, parts, response, frames=frames)
 
@@ -123,7 +125,7 @@ async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Respon
     """Make a video and answer with the file. Going away cancels it."""
     asked = parse(SyncVideo, await read_body(request, parts.limits.max_body_bytes))
     model = _served(asked.model, parts)
-    params = generation_params(asked, parts.defaults, max_pixel_frames=parts.limits.max_pixel_frames)
+    params = generation_params(asked, parts.defaults, size_limit=parts.size_limit())
     finished = await _unless_disconnected(request, parts.generate(params))
     headers = {
         "x-t2v-seed": str(finished.seed),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from t2v_core.engine.memory import peak_bytes
 from t2v_core.errors import InvalidProfile, OutOfMemory
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import LatentShape
@@ -19,7 +20,7 @@ _REPEATS = 3
 
 
 class Measurement(BaseModel):
-    """One call of the UNet: median seconds, and the bytes it takes beside the weights (0 on a CPU: not known)."""
+    """One call of the UNet: median seconds, and the bytes it takes beside the weights (0: not known)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,8 +69,14 @@ class Profile(BaseModel):
 
     def rows_that_fit(self, shape: LatentShape, free_bytes: int) -> int | None:
         """How many rows this much memory holds; None where memory was not measured."""
-        bytes_per_latent = max(m.memory_bytes / m.volume for m in self.measurements)
-        return int(free_bytes / (bytes_per_latent * volume(shape))) if bytes_per_latent else None
+        most = max(m.memory_bytes / m.volume for m in self.measurements)
+        return int(free_bytes / (most * volume(shape))) if most else None
+
+    @property
+    def bytes_per_latent(self) -> float | None:
+        """Memory of a row for each of its latents, by the largest call that was measured; None if none was."""
+        largest = max(self.measurements, key=lambda m: m.volume)
+        return largest.memory_bytes / largest.volume or None
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1))
@@ -109,15 +116,22 @@ def volume(shape: LatentShape) -> int:
 
 
 def measure(
-    unet: NoisePredictor, shapes: Sequence[LatentShape], num_tokens: int = 77, rows: Sequence[int] = ROWS
+    unet: NoisePredictor,
+    shapes: Sequence[LatentShape],
+    num_tokens: int = 77,
+    rows: Sequence[int] = ROWS,
+    repeats: int = _REPEATS,
 ) -> Profile:
-    """Time the UNet on random latents, guided ones, with more rows until memory ends or nothing more is gained."""
+    """Time the UNet on random latents, guided ones, with more rows until memory ends or nothing more is gained.
+
+    Of 1 + `repeats` calls of each kind the first counts only where it is the only one.
+    """
     parameter = next(unet.parameters())
     measurements: list[Measurement] = []
     for shape in shapes:
         best, in_vain = 0.0, 0
         for number in rows:
-            measured = _measure(unet, shape, number, num_tokens)
+            measured = _measure(unet, shape, number, num_tokens, repeats)
             if measured is None:
                 break
             measurements.append(measured)
@@ -148,7 +162,6 @@ def _measure(
 ) -> Measurement | None:
     """None where memory does not hold so many rows. The first call counts only where it is the only one."""
     parameter = next(unet.parameters())
-    is_cuda = parameter.is_cuda
     generator = torch.Generator(parameter.device).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
@@ -162,16 +175,13 @@ def _measure(
             timesteps = torch.full((videos,), 500.0, device=parameter.device)
             video_of_row = torch.tensor([*range(videos), *range(rows - videos)], device=parameter.device)
             text = unet.read_text(draw(rows, num_tokens, unet.config.cross_attention_dim))
-            before = 0
-            if is_cuda:
-                torch.cuda.empty_cache()
-                before = torch.cuda.memory_allocated(parameter.device)
-                torch.cuda.reset_peak_memory_stats(parameter.device)
-            seconds = [
-                _seconds(lambda: unet(latents, timesteps, text, video_of_row), parameter.device)
-                for _ in range(1 + repeats)
-            ]
-            peak = torch.cuda.max_memory_allocated(parameter.device) - before if is_cuda else 0
+            seconds: list[float] = []
+
+            def call_repeatedly() -> None:
+                for _ in range(1 + repeats):
+                    seconds.append(_seconds(lambda: unet(latents, timesteps, text, video_of_row), parameter.device))
+
+            peak = peak_bytes(call_repeatedly, parameter.device)
     except OutOfMemory:
         return None
     return Measurement(shape=shape, rows=rows, step_s=statistics.median(seconds[1:] or seconds), memory_bytes=peak)

@@ -5,6 +5,7 @@ import torch
 
 from t2v_core.engine import Profile, RowBudgets, measure, warm_up
 from t2v_core.engine.batching import Demand, Group
+from t2v_core.engine.memory import peak_bytes
 from t2v_core.engine.profile import Measurement
 from t2v_core.errors import InvalidProfile, OutOfMemory
 from t2v_core.shapes import LatentShape
@@ -149,3 +150,23 @@ def test_a_shape_of_which_no_row_fits_is_an_error(tiny_pipeline):
             measure(tiny_pipeline.unet, [LatentShape(4, 2, 4, 4)])
     finally:
         handle.remove()
+
+
+def test_the_memory_of_a_call_is_the_most_that_it_takes_at_once():
+    def call():
+        for _ in range(3):  # freed each time
+            torch.ones(64 << 18)  # 64 MiB
+        return torch.ones(16 << 18)
+
+    torch.ones(256 << 18)  # what was freed before does not count
+    for _ in range(2):
+        taken = peak_bytes(call, torch.device("cpu"))
+        assert 0.9 * (64 << 20) < taken < 1.5 * (64 << 20)
+
+
+def test_the_memory_of_the_real_network_is_measured_on_a_cpu(tiny_pipeline):
+    small, large = LatentShape(4, 4, 32, 32), LatentShape(4, 16, 64, 64)
+    profile = measure(tiny_pipeline.unet, [small, large], rows=(2,), repeats=1)
+    first, second = profile.measurements
+    assert second.memory_bytes > 2 * first.memory_bytes
+    assert profile.bytes_per_latent == second.memory_bytes / (2 * 16 * 64 * 64)

@@ -21,6 +21,7 @@ from serve_app.config import WebhooksConfig
 from serve_app.events import Watcher
 from serve_app.jobs.model import Artifact, Job, Progress
 from serve_app.jobs.store import JobStore
+from serve_app.sizes import SizeLimit
 from serve_app.webhooks import check_url
 from t2v_core.config import GenerationDefaults
 from t2v_core.params import GenerationParams
@@ -182,6 +183,7 @@ async def running(
     key: str | None = None,
     limits: Limits | None = None,
     ready: dict[str, bool] | None = None,
+    measured_limit: SizeLimit | None = None,
 ) -> AsyncIterator[Service]:
     jobs = await JobStore.open(f"sqlite:///{folder / 'jobs.db'}")
     artifacts = ArtifactStore(str(folder / "artifacts"))
@@ -208,6 +210,7 @@ async def running(
         wake=wake,
         is_ready=is_ready,
         check_webhook=partial(check_url, config=WebhooksConfig(secret="a secret of sixteen")),
+        measured_limit=lambda: measured_limit,
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve())

@@ -48,13 +48,13 @@ def test_a_stage_takes_as_many_requests_as_it_is_scaled_by(tmp_path, monkeypatch
     args = {"denoiser": {"min_replicas": 0, "max_replicas": 4, "max_ongoing": 3, "urgent_reserve": 2, "num_gpus": 0.5}}
     config = AppConfig.model_validate({**args, "generator": {"num_replicas": 5}})
     ingress = build(config)
-    generator = ingress._bound_deployment.init_args[-1]
+    generator = ingress._bound_deployment.init_args[-2]
     denoiser = generator._bound_deployment.init_args[-2]._bound_deployment
     assert denoiser._deployment_config.autoscaling_config.target_ongoing_requests == 3
     assert denoiser._deployment_config.max_ongoing_requests == 3
     assert denoiser.ray_actor_options["num_gpus"] == 0.5
     fixed = AppConfig.model_validate({"denoiser": {**args["denoiser"], "min_replicas": 4}})
-    denoiser = build(fixed)._bound_deployment.init_args[-1]._bound_deployment.init_args[-2]._bound_deployment
+    denoiser = build(fixed)._bound_deployment.init_args[-2]._bound_deployment.init_args[-2]._bound_deployment
     assert denoiser._deployment_config.max_ongoing_requests == 3 + 2
     assert config.jobs_per_generator * 5 >= 4 * 3
     assert (config.jobs_per_generator - 1) * 5 < 4 * 3

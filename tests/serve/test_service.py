@@ -112,6 +112,25 @@ def test_a_mistake_in_a_call_by_handle_says_what_is_wrong(service: Running):
         call.result(timeout_s=30)
 
 
+def test_what_a_denoiser_cannot_hold_is_refused_at_once_with_the_limit_that_it_measured(service: Running):
+    """4096x4096 for 1024 frames: more than any machine of today holds."""
+    body = {"prompt": PROMPT, "size": "4096x4096", "num_frames": 1024}
+
+    handle = serve.get_app_handle(APP)
+    wait_for(lambda: handle.size_limit.remote().result(timeout_s=30))  # until the Ingress has asked the Denoisers
+    response = service.client.post("/v1/videos", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "size")
+    assert re.search(
+        r"17179869184 pixels: this service makes at most \d+ \(measured on cpu: [\d.]+ GiB free, \d+ bytes a pixel\); "
+        "ask for a smaller size or fewer frames",
+        error["message"],
+    )
+    call = handle.generate.remote(PROMPT, width=4096, height=4096, num_frames=1024)
+    with pytest.raises(InvalidRequest, match="measured on cpu"):
+        call.result(timeout_s=30)
+
+
 def test_a_prompt_with_too_many_tokens_fails_and_says_so(service: Running):
     prompt = "red " * 700
     video = service.ended(service.create(prompt=prompt))
