@@ -137,6 +137,8 @@ class IngressConfig(Placement):
     max_ongoing: int = Field(default=1_000, ge=1)  # a watched video holds one
     max_queued: int | None = Field(default=1_000, ge=1)
     max_queued_per_key: int | None = Field(default=100, ge=1)
+    max_calls: int | None = Field(default=100, ge=1)  # to /sync and by handle, at each Ingress: they wait there
+    max_calls_per_key: int | None = Field(default=20, ge=1)  # of these to /sync
     max_body_bytes: int = Field(default=1 << 20, ge=1)
     max_upload_bytes: int = Field(default=64 << 20, ge=1)  # of a body with an input video
     max_pixel_frames: int | None = Field(default=None, ge=1)  # by default what the denoisers' memory holds, measured

@@ -5,7 +5,7 @@ T2VError
 ├── JobEnded             it has ended, so it cannot be cancelled
 ├── JobLive              it has not ended, so it cannot be removed
 ├── IdempotencyConflict  the key was used with another body
-├── QueueFull            too many jobs wait
+├── QueueFull            too many jobs or callers wait
 ├── Unauthorized         no key, or one that is not known
 ├── NotReady             the video is not made, so there is nothing to fetch
 ├── ArtifactGone         the file has expired or was removed
@@ -39,11 +39,14 @@ class IdempotencyConflict(T2VError):
 
 
 class QueueFull(T2VError):
-    """Too many jobs wait already. `retry_after_s` says when to try again."""
+    """Too many jobs or callers wait already. `retry_after_s` says when to try again."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> "tuple[type[QueueFull], tuple[str, float]]":
+        return type(self), (str(self), self.retry_after_s)  # it goes to callers by handle
 
 
 class Unauthorized(T2VError):

@@ -15,6 +15,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
+from serve_app.bounds import Callers
 from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
 from serve_app.config import DATABASE_PATIENCE_S, IngressConfig, KeysConfig, StorageConfig, WebhooksConfig
 from serve_app.events import Watcher
@@ -59,6 +60,15 @@ class Ingress:
         )
         self._watcher = Watcher(self._jobs)
         self._status: tuple[float, ApplicationStatusOverview | None] = (0.0, None)
+        limits = Limits(
+            max_queued=config.max_queued,
+            max_queued_per_owner=config.max_queued_per_key,
+            max_calls=config.max_calls,
+            max_calls_per_owner=config.max_calls_per_key,
+            max_body_bytes=config.max_body_bytes,
+            max_upload_bytes=config.max_upload_bytes,
+            max_pixel_frames=config.max_pixel_frames,
+        )
         self._parts = ApiParts(
             jobs=self._jobs,
             artifacts=ArtifactStore(storage.artifacts, storage.artifact_options),
@@ -66,17 +76,12 @@ class Ingress:
             watcher=self._watcher,
             models=(public_name(model),),
             defaults=self._defaults,
-            limits=Limits(
-                max_queued=config.max_queued,
-                max_queued_per_owner=config.max_queued_per_key,
-                max_body_bytes=config.max_body_bytes,
-                max_upload_bytes=config.max_upload_bytes,
-                max_pixel_frames=config.max_pixel_frames,
-            ),
+            limits=limits,
             generate=self._finish,
             wake=self._wake,
             is_ready=self._is_ready,
             check_webhook=partial(check_url, config=webhooks),
+            callers=Callers(limits.max_calls, limits.max_calls_per_owner),
             measured_limit=lambda: self._measured_limit,
         )
         self._measured_limit: SizeLimit | None = None
@@ -92,25 +97,29 @@ class Ingress:
 
         Settings that are not given are the checkpoint's own. Cancelling the response stops the work. So does the end of
         the calling job, killed or not, if `caller` is its id: `ray.get_runtime_context().get_job_id()`.
-        Raises InvalidRequest, GenerationFailed, and Unavailable for what is worth another try.
+        Raises InvalidRequest, GenerationFailed, and what is worth another try: Unavailable, and QueueFull, which says
+        when, where `ingress.max_calls` wait already.
         """
-        return await self._made(self._resolved(prompt, settings), self._owned(caller))
+        params = self._resolved(prompt, settings)
+        with self._parts.callers.one():
+            return await self._made(params, self._owned(caller))
 
     async def generate_stream(
         self, prompt: str, *, caller: str | None = None, **settings: Unpack[Settings]
     ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
         """The same, with its progress and previews before the video: by a handle with `options(stream=True)`."""
         params = self._resolved(prompt, settings)
-        stream = cast(
-            "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
-            self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller)),
-        )
-        try:
-            with plain_errors("generator"):
-                async for event in stream:
-                    yield event
-        finally:
-            stream.cancel()  # type: ignore[no-untyped-call]
+        with self._parts.callers.one():
+            stream = cast(
+                "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
+                self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller)),
+            )
+            try:
+                with plain_errors("generator"):
+                    async for event in stream:
+                        yield event
+            finally:
+                stream.cancel()  # type: ignore[no-untyped-call]
 
     async def size_limit(self) -> SizeLimit | None:
         """How large a video may be, and who says so. None until a Denoiser has told, where nothing is configured."""

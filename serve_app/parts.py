@@ -10,6 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
+from serve_app.bounds import Callers
 from serve_app.errors import Unavailable
 from serve_app.events import Watcher
 from serve_app.jobs.store import JobStore
@@ -24,6 +25,8 @@ class Limits:
 
     max_queued: int | None = 1_000
     max_queued_per_owner: int | None = 100
+    max_calls: int | None = 100  # that wait for their video
+    max_calls_per_owner: int | None = 20
     max_body_bytes: int = 1 << 20
     max_upload_bytes: int = 64 << 20
     max_pixel_frames: int | None = None  # width x height x num_frames; None: as was measured
@@ -44,8 +47,9 @@ class ApiParts:
 
     `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
     a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
-    InvalidRequest for a URL that is not told. `measured_limit` is what the Denoisers can hold, once they have told.
-    `reading` bounds how many input videos are read at a time.
+    InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait.
+    `measured_limit` is what the Denoisers can hold, once they have told. `reading` bounds how many input videos are
+    read at a time.
     """
 
     jobs: JobStore
@@ -59,6 +63,7 @@ class ApiParts:
     wake: Callable[[], Awaitable[None]]
     is_ready: Callable[[], Awaitable[dict[str, bool]]]
     check_webhook: Callable[[str], None]
+    callers: Callers
     measured_limit: Callable[[], SizeLimit | None]
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 

@@ -126,7 +126,8 @@ async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Respon
     asked = parse(SyncVideo, await read_body(request, parts.limits.max_body_bytes))
     model = _served(asked.model, parts)
     params = generation_params(asked, parts.defaults, size_limit=parts.size_limit())
-    finished = await _unless_disconnected(request, parts.generate(params))
+    with parts.callers.one(owner):
+        finished = await _unless_disconnected(request, parts.generate(params))
     headers = {
         "x-t2v-seed": str(finished.seed),
         "x-t2v-model": model,

@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 from sqlalchemy import ColumnElement, Subquery, func, insert, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from serve_app.errors import QueueFull
+from serve_app.bounds import RATE_OVER_S, queue_full
 from serve_app.jobs.database import lock
 from serve_app.jobs.model import Census, Job, JobStatus, NewJob
 from serve_app.jobs.schema import jobs, now_s
@@ -20,8 +20,6 @@ from serve_app.jobs.transitions import job_of
 from t2v_core.engine.batching import PATIENCE_S, Priority
 
 _WAITING = jobs.c.status == "queued"
-_RATE_OVER_S = 300.0
-_MAX_RETRY_AFTER_S = 120.0
 
 
 async def enqueue(connection: AsyncConnection, new: NewJob) -> None:
@@ -116,13 +114,8 @@ async def check_bound(connection: AsyncConnection, bound: int | None, owner: str
     """Raises QueueFull where `bound` jobs of the owner, or of all, wait already."""
     if bound is None or (waiting := await num_queued(connection, owner)) < bound:
         return
-    recent = await _count(connection, jobs.c.status == "completed", jobs.c.completed_at > now_s() - _RATE_OVER_S)
-    retry_after_s = min(_MAX_RETRY_AFTER_S, max(1.0, (waiting - bound + 1) * _RATE_OVER_S / max(1, recent)))
-    whose = "of this key" if owner is not None else "in all"
-    raise QueueFull(
-        f"{waiting} videos {whose} wait already: at most {bound} may; try again in {retry_after_s:.0f} s",
-        retry_after_s,
-    )
+    recent = await _count(connection, jobs.c.status == "completed", jobs.c.completed_at > now_s() - RATE_OVER_S)
+    raise queue_full(f"videos {'of this key' if owner is not None else 'in all'}", waiting, bound, recent)
 
 
 def _running() -> Subquery:

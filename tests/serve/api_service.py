@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
+from serve_app.bounds import Callers
 from serve_app.config import WebhooksConfig
 from serve_app.events import Watcher
 from serve_app.jobs.model import Artifact, Job, Progress
@@ -64,6 +65,11 @@ class Gpu:
     asked: list[GenerationParams] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def was_asked(self, times: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.asked) < times:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
 
     async def generate(self, params: GenerationParams) -> Finished:
         self.asked.append(params)
@@ -197,6 +203,7 @@ async def running(
     async def is_ready() -> dict[str, bool]:
         return ready or {"jobs": True, "generator": True}
 
+    limits = limits or Limits(max_body_bytes=64_000, max_pixel_frames=64 * 64 * 64)
     app = create_app()
     app.state.parts = ApiParts(
         jobs=jobs,
@@ -205,11 +212,12 @@ async def running(
         watcher=watcher,
         models=("tiny", "other"),
         defaults=DEFAULTS,
-        limits=limits or Limits(max_body_bytes=64_000, max_pixel_frames=64 * 64 * 64),
+        limits=limits,
         generate=gpu.generate,
         wake=wake,
         is_ready=is_ready,
         check_webhook=partial(check_url, config=WebhooksConfig(secret="a secret of sixteen")),
+        callers=Callers(limits.max_calls, limits.max_calls_per_owner),
         measured_limit=lambda: measured_limit,
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))

@@ -17,6 +17,7 @@ from running import APP, PROMPT, Running, config, psnr, ray_started, running, wa
 from standardwebhooks import Webhook
 
 from serve_app.calls import GeneratedVideo, Progress
+from serve_app.errors import QueueFull
 from serve_app.webhooks import signing_secret
 from t2v_core.demo.measuring import look_at
 from t2v_core.errors import InvalidRequest
@@ -25,12 +26,14 @@ pytestmark = pytest.mark.service
 
 WEBHOOK_SECRET = "a secret of sixteen"
 STEPS = 14  # about four seconds
+MAX_CALLS = 3
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     webhooks = {"secret": WEBHOOK_SECRET, "allow_private": True}
-    with ray_started(), running(config(tmp_path_factory.mktemp("service"), webhooks=webhooks)) as started:
+    settings = config(tmp_path_factory.mktemp("service"), webhooks=webhooks, ingress={"max_calls": MAX_CALLS})
+    with ray_started(), running(settings) as started:
         yield started
 
 
@@ -110,6 +113,37 @@ def test_a_mistake_in_a_call_by_handle_says_what_is_wrong(service: Running):
     call = serve.get_app_handle(APP).generate.remote(PROMPT, width=123)
     with pytest.raises(InvalidRequest, match="width 123: must be a multiple of 8"):
         call.result(timeout_s=30)
+
+
+def test_no_more_callers_than_the_bound_wait_and_others_learn_when_to_come_back(service: Running):
+    handle = serve.get_app_handle(APP)
+    waiting = [handle.generate.remote(PROMPT, num_inference_steps=200) for _ in range(MAX_CALLS - 1)]
+    waiting.append(handle.options(stream=True).generate_stream.remote(PROMPT, num_inference_steps=200))
+    next(iter(waiting[-1]))
+
+    def refused() -> QueueFull | None:
+        call = handle.generate.remote(PROMPT, num_inference_steps=200)
+        try:
+            call.result(timeout_s=0.5)
+        except QueueFull as error:
+            return error
+        except TimeoutError:
+            call.cancel()
+        return None
+
+    try:
+        error = wait_for(refused)
+        response = service.client.post("/v1/videos/sync", json={"prompt": PROMPT})
+    finally:
+        for call in waiting:
+            call.cancel()
+    assert re.search("3 calls in all wait already: at most 3 may; try again in [0-9]+ s$", str(error))
+    assert 1 <= error.retry_after_s <= 120
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+    assert 1 <= int(response.headers["retry-after"]) <= 120
+    wait_for(
+        lambda: service.client.post("/v1/videos/sync", json={"prompt": PROMPT, "num_inference_steps": 2}).is_success
+    )
 
 
 def test_what_a_denoiser_cannot_hold_is_refused_at_once_with_the_limit_that_it_measured(service: Running):
