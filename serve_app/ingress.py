@@ -11,7 +11,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatusOverview
+from torch import Tensor
 
+from serve_app import inputs
 from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
@@ -27,6 +29,7 @@ from serve_app.owners import ray_job, this_replica
 from serve_app.remote import finished, plain_errors
 from serve_app.sizes import SizeLimit, check_size, smallest
 from serve_app.webhooks import check_url
+from t2v_core.errors import InvalidRequest
 from t2v_core.params import GenerationParams, Settings, resolve
 from t2v_core.weights import open_checkpoint, public_name
 
@@ -92,24 +95,38 @@ class Ingress:
         app.state.parts = self._parts
         return app
 
-    async def generate(self, prompt: str, *, caller: str | None = None, **settings: Unpack[Settings]) -> GeneratedVideo:
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        video: bytes | Tensor | None = None,
+        caller: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> GeneratedVideo:
         """A video, for another Ray job: `await serve.get_app_handle("t2v").generate.remote("A panda.", seed=7)`.
 
-        Settings that are not given are the checkpoint's own. Cancelling the response stops the work. So does the end of
-        the calling job, killed or not, if `caller` is its id: `ray.get_runtime_context().get_job_id()`.
+        Settings that are not given are the checkpoint's own. With a `video`, a file's bytes or uint8 frames
+        (f, h, w, 3), it is made of that one; `strength` says how much anew. Cancelling the response stops the work. So
+        does the end of the calling job, killed or not, if `caller` is its id:
+        `ray.get_runtime_context().get_job_id()`.
         Raises InvalidRequest, GenerationFailed, and what is worth another try: Unavailable, and QueueFull, which says
         when, where `ingress.max_calls` wait already.
         """
-        params = self._resolved(prompt, settings)
         with self._parts.callers.one():
+            params = await self._resolved(prompt, settings, video)
             return await self._made(params, self._owned(caller))
 
     async def generate_stream(
-        self, prompt: str, *, caller: str | None = None, **settings: Unpack[Settings]
+        self,
+        prompt: str,
+        *,
+        video: bytes | Tensor | None = None,
+        caller: str | None = None,
+        **settings: Unpack[Settings],
     ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
         """The same, with its progress and previews before the video: by a handle with `options(stream=True)`."""
-        params = self._resolved(prompt, settings)
         with self._parts.callers.one():
+            params = await self._resolved(prompt, settings, video)
             stream = cast(
                 "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
                 self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller)),
@@ -139,8 +156,17 @@ class Ingress:
             video: GeneratedVideo = await finished(self._generator.generate.remote(params, owners))
         return video
 
-    def _resolved(self, prompt: str, settings: Settings) -> GenerationParams:
-        params = resolve(prompt, settings, self._defaults)
+    async def _resolved(self, prompt: str, settings: Settings, video: bytes | Tensor | None) -> GenerationParams:
+        if video is None:
+            params = resolve(prompt, settings, self._defaults)
+        elif isinstance(video, bytes | Tensor):
+            limits = inputs.limits(self._parts.limits.max_upload_bytes)
+            async with self._parts.reading:
+                params = await asyncio.to_thread(resolve, prompt, settings, self._defaults, video, limits)
+        else:  # a path would be one of this machine, not of the caller's
+            raise InvalidRequest(
+                f"video {video!r:.100}: must be the bytes of a file, or frames; read the file", param="video"
+            )
         check_size(params, self._parts.size_limit())
         return params
 

@@ -176,6 +176,7 @@ SERVICE_ALLOWED = {
         "calls",
         "config",
         "events",
+        "inputs",
         "job_logs",
         "job_metrics",
         "jobs",

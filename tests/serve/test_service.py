@@ -21,6 +21,7 @@ from serve_app.errors import QueueFull
 from serve_app.webhooks import signing_secret
 from t2v_core.demo.measuring import look_at
 from t2v_core.errors import InvalidRequest
+from t2v_core.video_input import read_video
 
 pytestmark = pytest.mark.service
 
@@ -194,6 +195,30 @@ def test_an_edit_is_made_of_its_input(service: Running, undisturbed):
         assert (edit["status"], edit["step"]) == ("completed", int(10 * strength))
         similar[strength] = psnr(service.frames(edit["id"]), undisturbed)
     assert similar[0.2] > similar[1.0] + 3
+
+
+def test_an_edit_by_handle_is_made_of_the_bytes_or_the_frames_that_it_is_given(service: Running, undisturbed):
+    handle = serve.get_app_handle(APP)
+    settings = {"num_inference_steps": 10, "seed": 1, "width": 128, "height": 128}
+    video_id = service.ended(service.create(num_inference_steps=STEPS))["id"]
+    data = service.client.get(f"/v1/videos/{video_id}/content").content
+    prompt, similar = "A blue star growing on a black background.", {}
+    for strength, video in ((0.2, data), (0.25, undisturbed), (1.0, data)):
+        made = handle.generate.remote(prompt, video=video, strength=strength, **settings).result(timeout_s=60)
+        frames = read_video(made.video, width=128, height=128, fps=8)
+        assert (made.params.strength, len(frames)) == (strength, made.params.num_frames)
+        similar[strength] = psnr(frames, undisturbed[: len(frames)])
+    assert similar[0.2] > similar[1.0] + 3
+    assert similar[0.25] > similar[1.0] + 3
+    stream = handle.options(stream=True).generate_stream.remote(prompt, video=data, strength=0.2, **settings)
+    assert [event.num_steps for event in stream if isinstance(event, Progress)][-1] == 2
+    for video, why in (
+        (b"no video", "damaged"),
+        ("/etc/passwd", "must be the bytes of a file"),
+        (undisturbed[0], "must be torch.uint8"),
+    ):
+        with pytest.raises(InvalidRequest, match=why):
+            handle.generate.remote(prompt, video=video, **settings).result(timeout_s=30)
 
 
 def test_the_end_of_a_job_is_told_to_its_webhook(service: Running):
