@@ -18,6 +18,7 @@ from serve_app.job_logs import name_job
 from serve_app.jobs import Artifact, Job, JobStore
 from serve_app.jobs import Progress as JobProgress
 from serve_app.metrics import Metrics
+from serve_app.origin import going_on
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableTrajectory
 from t2v_core.params import GenerationParams
 
@@ -61,9 +62,15 @@ class Attempt:
             self.task.cancel()
 
     async def _work(self) -> None:
+        with going_on(self.job):
+            await self._begin()
+
+    async def _begin(self) -> None:
         job, jobs = self.job, self._tools.jobs
         name_job(job.id, job.fence)
-        logger.info("job claimed: job=%s fence=%d step=%d", job.id, job.fence, job.checkpoint_step)
+        logger.info(
+            "job claimed: job=%s fence=%d step=%d request=%s", job.id, job.fence, job.checkpoint_step, job.request_id
+        )
         try:
             await self._make_or_retry()
         except asyncio.CancelledError:

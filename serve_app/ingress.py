@@ -25,6 +25,7 @@ from serve_app.job_logs import log_through_serve
 from serve_app.job_metrics import count_change
 from serve_app.jobs import JobStore
 from serve_app.metrics import Metrics
+from serve_app.origin import origin
 from serve_app.owners import ray_job, this_replica
 from serve_app.remote import finished, plain_errors
 from serve_app.sizes import SizeLimit, check_size, smallest
@@ -85,6 +86,7 @@ class Ingress:
             is_ready=self._is_ready,
             check_webhook=partial(check_url, config=webhooks),
             callers=Callers(limits.max_calls, limits.max_calls_per_owner),
+            origin=origin,
             measured_limit=lambda: self._measured_limit,
         )
         self._measured_limit: SizeLimit | None = None

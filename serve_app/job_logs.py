@@ -1,11 +1,13 @@
 """Logs that tell of which job a line is, in the files that Serve writes.
 
 With Serve's JSON encoding each line is an object. Its field is `job` and not `job_id`: that is Ray's own, which Serve
-leaves out. `request_id` is there as well, by Serve: of the HTTP request, or of the call from one deployment to another.
+leaves out. `request_id` is there as well, by Serve: of the HTTP request, also of the attempts at its job.
 """
 
 import logging
 from contextvars import ContextVar
+
+from opentelemetry import trace
 
 _OURS = ("serve_app", "t2v_core")
 _SERVE = "ray.serve"
@@ -16,9 +18,12 @@ _FIELDS: ContextVar[dict[str, str | int] | None] = ContextVar("fields", default=
 def name_job(job_id: str, fence: int | None = None) -> None:
     """Have the lines of this task, and of what it starts from here on, tell of the job and of the attempt at it.
 
+    The span that is open tells of them too, where the request is traced.
     A line on behalf of another job says so itself: `extra=fields(job_id, fence)`.
     """
-    _FIELDS.set(fields(job_id, fence))
+    named = fields(job_id, fence)
+    _FIELDS.set(named)
+    trace.get_current_span().set_attributes({f"t2v.{field}": value for field, value in named.items()})
 
 
 def fields(job_id: str, fence: int | None) -> dict[str, str | int]:

@@ -13,6 +13,7 @@ from serve_app.auth import ApiKeys
 from serve_app.bounds import Callers
 from serve_app.errors import Unavailable
 from serve_app.events import Watcher
+from serve_app.jobs.model import Origin
 from serve_app.jobs.store import JobStore
 from serve_app.sizes import SizeLimit, configured
 from t2v_core.config import GenerationDefaults
@@ -47,9 +48,9 @@ class ApiParts:
 
     `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
     a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
-    InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait.
-    `measured_limit` is what the Denoisers can hold, once they have told. `reading` bounds how many input videos are
-    read at a time.
+    InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait. `origin` tells
+    where what is asked for right now comes from. `measured_limit` is what the Denoisers can hold, once they have told.
+    `reading` bounds how many input videos are read at a time.
     """
 
     jobs: JobStore
@@ -64,6 +65,7 @@ class ApiParts:
     is_ready: Callable[[], Awaitable[dict[str, bool]]]
     check_webhook: Callable[[str], None]
     callers: Callers
+    origin: Callable[[], Origin]
     measured_limit: Callable[[], SizeLimit | None]
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 

@@ -228,6 +228,7 @@ async def _video_of(video_id: str, parts: ApiParts, owner: str) -> bytes:
 async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: Tensor | None = None) -> VideoObject:
     """The input first: a row without its files would be a broken promise."""
     limits, is_new = parts.limits, False
+    new = replace(new, **parts.origin()._asdict())
     try:
         if frames is not None:
             assert new.input_path is not None
@@ -239,7 +240,7 @@ async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: T
         if frames is not None and not is_new:
             await parts.artifacts.delete_prefix(f"{new.id}/")
     name_job(job.id)
-    logger.info("job accepted: job=%s priority=%s is_new=%s", job.id, job.priority, is_new)
+    logger.info("job accepted: job=%s priority=%s is_new=%s request=%s", job.id, job.priority, is_new, new.request_id)
     await parts.wake()
     response.headers["openai-poll-after-ms"] = _POLL_AFTER_MS
     return video_object(job)

@@ -2,7 +2,7 @@
 
 import secrets
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from t2v_core.engine import Priority
 
@@ -26,9 +26,19 @@ class Artifact:
     etag: str
 
 
+class Origin(NamedTuple):
+    """Where a job comes from: Serve's id of the request, and its trace as W3C's traceparent."""
+
+    request_id: str | None
+    traceparent: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job as it is asked for. `params`: every setting of its GenerationParams but prompt and input video."""
+    """A job as it is asked for. `params`: every setting of its GenerationParams but prompt and input video.
+
+    request_id, traceparent: of its Origin, for logs and traces alone.
+    """
 
     id: str
     owner: str
@@ -42,6 +52,8 @@ class NewJob:
     idempotency_key: str | None
     body_hash: str | None
     webhook_url: str | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,8 @@ jobs = Table(
     Column("error_message", Text),
     Column("artifacts", JSON, nullable=False, default=dict),
     Column("webhook_url", Text),
+    Column("request_id", Text),
+    Column("traceparent", Text),
     UniqueConstraint("owner", "idempotency_key"),
     Index("jobs_by_due", "status", "due_at", "id"),
     Index("jobs_by_owner", "owner", "created_at", "id"),

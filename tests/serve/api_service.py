@@ -20,7 +20,7 @@ from serve_app.auth import ApiKeys
 from serve_app.bounds import Callers
 from serve_app.config import WebhooksConfig
 from serve_app.events import Watcher
-from serve_app.jobs.model import Artifact, Job, Progress
+from serve_app.jobs.model import Artifact, Job, Origin, Progress
 from serve_app.jobs.store import JobStore
 from serve_app.sizes import SizeLimit
 from serve_app.webhooks import check_url
@@ -218,6 +218,7 @@ async def running(
         is_ready=is_ready,
         check_webhook=partial(check_url, config=WebhooksConfig(secret="a secret of sixteen")),
         callers=Callers(limits.max_calls, limits.max_calls_per_owner),
+        origin=lambda: Origin("request 1", None),
         measured_limit=lambda: measured_limit,
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))

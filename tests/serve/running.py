@@ -15,6 +15,7 @@ import httpx2
 import ray
 import torch
 from ray import serve
+from ray.serve.schema import TracingConfig
 
 from serve_app.app import build
 from serve_app.calls import DenoiserStatus
@@ -143,10 +144,14 @@ def ray_started(num_cpus: int = 16, metrics_port: int | None = None) -> Iterator
 
 
 @contextmanager
-def running(config: AppConfig, **logging_config: str) -> Iterator[Running]:
+def running(config: AppConfig, tracing: TracingConfig | None = None, **logging_config: str) -> Iterator[Running]:
     """The service with this configuration, until the end of the block."""
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        logging_config={"log_level": "WARNING"},
+        tracing_config=tracing,
+    )
     try:
         serve.run(build(config), name=APP, logging_config=logging_config or None)
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:

@@ -20,6 +20,16 @@ STEPS = 6
 NEED_A_GPU = {"t2v_out_of_memory_total", "t2v_gpu_memory_allocated_bytes", "t2v_gpu_memory_reserved_bytes"}
 EVERYWHERE = {"application", "deployment", "replica"}
 
+JOB_LINES = [
+    ("Ingress", "job accepted"),
+    ("Generator", "job claimed"),
+    ("TextEncoder", "text encoded"),
+    ("Denoiser", "denoising"),
+    ("Denoiser", "denoised"),
+    ("Decoder", "video decoded"),
+    ("Generator", "job completed"),
+]
+
 
 class Watched:
     """A running service, its metrics and its logs."""
@@ -143,17 +153,29 @@ def test_a_job_is_followed_by_its_id_from_http_to_the_file(watched: Watched):
         lambda: (found := watched.lines("job", video_id)) and "job completed" in found[-1]["message"] and found
     )
     told = [(line["deployment"].removeprefix("t2v_"), line["message"].partition(":")[0]) for line in lines]
-    assert told == [
-        ("Ingress", "job accepted"),
-        ("Generator", "job claimed"),
-        ("TextEncoder", "text encoded"),
-        ("Denoiser", "denoising"),
-        ("Denoiser", "denoised"),
-        ("Decoder", "video decoded"),
-        ("Generator", "job completed"),
-    ]
+    assert told == JOB_LINES
     assert [line.get("fence") for line in lines] == [None, 1, 1, 1, 1, 1, 1]
-    assert all("request_id" in line for line in lines if line["deployment"] != "t2v_Generator")
+    assert len({line["request_id"] for line in lines}) == 1
+
+
+def test_a_job_is_followed_by_its_requests_id_from_http_to_the_file(watched: Watched):
+    headers = {"x-request-id": "of-a-job"}
+    body = {"prompt": PROMPT, "num_inference_steps": STEPS}
+    response = watched.service.client.post("/v1/videos", json=body, headers=headers)
+    video_id = response.json()["id"]
+    watched.service.ended(video_id)
+    lines = wait_for(
+        lambda: (
+            (found := watched.lines("request_id", "of-a-job"))
+            and "job completed" in found[-1]["message"]
+            and [line for line in found if "job" in line]
+        )
+    )
+    assert {line["job"] for line in lines} == {video_id}
+    told = [(line["deployment"].removeprefix("t2v_"), line["message"].partition(":")[0]) for line in lines]
+    assert told == JOB_LINES
+    assert watched.service.job(video_id).request_id == "of-a-job"
+    assert sum("request=of-a-job" in line["message"] for line in lines) == 2  # when accepted, and when claimed
 
 
 def test_a_call_that_waits_is_followed_by_its_request_id(watched: Watched):
