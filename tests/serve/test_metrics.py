@@ -19,6 +19,7 @@ from serve_app.engine_metrics import EngineMetrics
 from serve_app.job_logs import fields, log_through_serve, name_job
 from serve_app.job_metrics import count_change, tell_census
 from serve_app.jobs import Change, Ended, JobStore, Requeued
+from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import METRICS, MetricSpec, table
 from t2v_core.engine import Cancelled, Preview, Stepped
 from t2v_core.engine.counters import Counters
@@ -200,6 +201,30 @@ def test_the_engine_is_told_as_sums_over_shapes_and_each_step_once():
         ("t2v_previews_total",): 1,
         ("t2v_out_of_memory_total",): 2,
     }
+
+
+def test_the_memory_of_a_gpu_is_told_as_torch_counts_it(monkeypatch):
+    """There is no GPU here: torch.cuda's two counters are replaced, and nothing of ours."""
+    told, bytes_of = Told(), {"memory_allocated": 3 << 30, "memory_reserved": 5 << 30}
+    device = torch.device("cuda", 1)
+    for name, value in bytes_of.items():
+        monkeypatch.setattr(torch.cuda, name, lambda asked, value=value: value if asked == device else 0)
+    engine = EngineMetrics(told, {}, device)  # type: ignore[arg-type]
+    engine.tell(Stepped("a", 1, 5))
+    expected = {("t2v_gpu_memory_allocated_bytes",): 3 << 30, ("t2v_gpu_memory_reserved_bytes",): 5 << 30}
+    assert told.values == expected
+    told.values.clear()
+    engine.tell(Stepped("a", 2, 5))  # at most once a second, as a step may take milliseconds
+    assert told.values == {}
+    tell_memory(told, gpu_memory(device))  # type: ignore[arg-type]  # as the decoder does
+    assert told.values == expected
+
+
+def test_without_a_gpu_its_memory_is_not_told():
+    told = Told()
+    assert gpu_memory(torch.device("cpu")) is None
+    tell_memory(told, None)  # type: ignore[arg-type]
+    assert told.values == {}
 
 
 @pytest.fixture

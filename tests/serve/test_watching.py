@@ -9,10 +9,17 @@ from typing import Any
 import httpx2
 import pytest
 import ray
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
 from running import PROMPT, Running, config, free_port, ray_started, running, wait_for
 
-from serve_app.metrics import METRICS
+from serve_app.engine_metrics import EngineMetrics
+from serve_app.memory import GpuMemory, tell_memory
+from serve_app.metrics import METRICS, Metrics
+from t2v_core.engine import Stepped
+from t2v_core.engine.counters import Counters
+from t2v_core.shapes import VideoShape
 
 pytestmark = pytest.mark.service
 
@@ -146,6 +153,33 @@ def test_jobs_move_every_metric_that_needs_no_gpu(watched: Watched):
     assert {"serve_num_http_requests_total", "serve_http_request_latency_ms"} <= families.keys()  # as the guide says
 
 
+@serve.deployment
+class OnGpu:
+    """Tells what a Denoiser would on a GPU, in a replica of its own: the metrics that no CPU can move."""
+
+    def tell(self) -> None:
+        told = Metrics()
+        counters = {VideoShape(16, 128, 128).latents(): Counters(steps=1, step_s=0.5, rows=2, out_of_memory=3)}
+        EngineMetrics(told, counters, torch.device("cpu")).tell(Stepped("a", 1, 5))
+        tell_memory(told, GpuMemory(allocated=3 << 30, reserved=5 << 30))
+
+
+def test_the_metrics_of_a_gpu_reach_prometheus(watched: Watched):
+    handle = serve.run(OnGpu.bind(), name="gpu", route_prefix="/gpu", logging_config={"encoding": "JSON"})
+    handle.tell.remote().result(timeout_s=30)
+    values = watched.told(lambda values: values.keys() >= NEED_A_GPU)
+    assert values["t2v_out_of_memory_total"] == 3
+    assert values["t2v_gpu_memory_allocated_bytes"] == 3 << 30
+    assert values["t2v_gpu_memory_reserved_bytes"] == 5 << 30
+    families = watched.families()
+    for spec in METRICS:
+        if spec.name in NEED_A_GPU:
+            family = families[spec.name]
+            assert (family.type, family.documentation) == (spec.kind, spec.help)
+            assert all(sample.labels.keys() >= EVERYWHERE for sample in family.samples)
+    serve.delete("gpu")
+
+
 def test_a_job_is_followed_by_its_id_from_http_to_the_file(watched: Watched):
     video_id = watched.service.create(num_inference_steps=STEPS)
     watched.service.ended(video_id)
@@ -182,9 +216,13 @@ def test_a_call_that_waits_is_followed_by_its_request_id(watched: Watched):
     headers = {"x-request-id": "followed-by-this"}
     body = {"prompt": PROMPT, "num_inference_steps": STEPS}
     assert watched.service.client.post("/v1/videos/sync", json=body, headers=headers).status_code == 200
-    lines = watched.lines("request_id", "followed-by-this")
-    parts = {line["deployment"].removeprefix("t2v_") for line in lines}
-    assert parts == {"Ingress", "Generator", "TextEncoder", "Denoiser", "Decoder"}
+    parts = {"Ingress", "Generator", "TextEncoder", "Denoiser", "Decoder"}
+
+    def all_told() -> list[dict[str, Any]] | None:  # the Ingress when it has answered
+        lines = watched.lines("request_id", "followed-by-this")
+        return lines if {line["deployment"].removeprefix("t2v_") for line in lines} == parts else None
+
+    lines = wait_for(all_told)
     assert len({line["job"] for line in lines if "job" in line}) == 1
 
 
