@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api_service import error_of
+
+from serve_app.api import create_app
 
 pytestmark = pytest.mark.anyio
 
@@ -115,6 +119,13 @@ async def test_an_impossible_fps_is_blamed_and_not_the_seconds(shared_service: A
 async def test_too_many_pixels_are_refused_with_the_limit(shared_service: Any) -> None:
     body = {"prompt": "a", "size": "64x64", "num_frames": 65}
     assert str(64 * 64 * 64) in error_of(await shared_service.client.post("/v1/videos", json=body), 400)["message"]
+
+
+def test_the_guide_has_every_call_and_no_other() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    paths = create_app().openapi()["paths"]
+    calls = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    assert set(re.findall("^## ([A-Z]+ /.*)$", guide, flags=re.MULTILINE)) == calls
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,31 @@ def test_the_examples_of_the_guide_run_one_after_the_other(service: Running, tmp
         assert (tmp_path / name).stat().st_size > 500
 
 
+def test_every_example_of_the_api_guide_runs(service: Running, tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    scripts = {}
+    for language in ("bash", "python"):
+        script = "\n".join(re.findall(rf"```{language}\n(.+?)```", guide, flags=re.DOTALL))
+        assert "http://127.0.0.1:8000" in script
+        scripts[language] = script.replace("http://127.0.0.1:8000", service.url)
+    scripts["bash"] = f"set -euo pipefail\n{scripts['bash']}"
+    scripts["python"] = scripts["python"].replace('"auto"', f'"{ray.get_runtime_context().gcs_address}"')
+    out = {}
+    for language, command in (("bash", ["bash", "-c"]), ("python", [sys.executable, "-c"])):
+        ran = subprocess.run([*command, scripts[language]], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert ran.returncode == 0, f"{language}: {ran.stdout[-2000:]} {ran.stderr[-4000:]}"
+        out[language] = ran.stdout
+    for name in ("circle.mp4", "circle.webp", "sync.mp4", "openai.mp4", "client.mp4", "edited.mp4", "star.mp4"):
+        assert (tmp_path / name).stat().st_size > 500
+    assert (tmp_path / "first_100_bytes").read_bytes() == (tmp_path / "circle.mp4").read_bytes()[:100]
+    for said in ("event: completed", "multiple of 8"):
+        assert said in out["bash"]
+    for said in ("completed 100", "step 4 of 4", "GeneratedVideo(", "cancelled", "7 video/mp4", "SizeLimit("):
+        assert said in out["python"]
+    for error in ("BadRequestError", "BadRequest", "RayTaskError(InvalidRequest)"):
+        assert f"{error} True" in out["python"]
+
+
 def test_a_mistake_in_a_call_by_handle_says_what_is_wrong(service: Running):
     call = serve.get_app_handle(APP).generate.remote(PROMPT, width=123)
     with pytest.raises(InvalidRequest, match="width 123: must be a multiple of 8"):
