@@ -205,8 +205,11 @@ CLUSTER_ALLOWED = {
     "security": {"manifests"},
     "monitoring": {"manifests"},
     "validate": {"manifests", "monitoring", "operator_rules", "render", "schemas", "security", "serving"},
+    "ray_nodes": set(),
+    "local": {"ray_nodes"},
 }
 CLUSTER_OTHERS = {
+    "local": {"serve_app.config", "serve_app.config.AppConfig"},
     "serving": {
         "ray.serve.schema",
         "ray.serve.schema.ServeDeploySchema",
