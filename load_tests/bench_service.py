@@ -7,6 +7,10 @@ All jobs are there at the start, so that both are saturated. Alone, the engine h
 Denoiser does (--max-ongoing), and each is decoded when its steps are done, and encoded, with thumbnail and sheet, in
 threads beside the next steps. The two take turns, --rounds times; the figures are medians. Then videos come one by one,
 each when the last is made: seconds from request to stored mp4, seen by polling every 10 ms.
+
+    python load_tests/bench_service.py http://127.0.0.1:8000 --http-only --num-jobs 32
+
+measures no engine, but how many videos a second come through HTTP: of one replica, and of several.
 """
 
 import argparse
@@ -36,8 +40,16 @@ def main() -> None:
     parser.add_argument("--max-ongoing", type=int, default=2, help="videos at a time, as the service's denoiser has it")
     parser.add_argument("--steps", type=int, help="by default the model's own")
     parser.add_argument("--single-steps", type=int, default=50, help="of the videos that come one by one")
+    parser.add_argument("--http-only", action="store_true", help="only the throughput through HTTP")
     arguments = parser.parse_args()
     settings = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
+    if arguments.http_only:
+        with httpx2.Client(base_url=arguments.url, timeout=60) as client:
+            _through_http(client, arguments.num_jobs, settings)
+            seconds = [_through_http(client, arguments.num_jobs, settings) for _ in range(arguments.rounds)]
+        rate = arguments.num_jobs / statistics.median(seconds)
+        sys.stdout.write(f"{arguments.num_jobs} videos through HTTP: {rate:.3f} a second ({seconds})\n")
+        return
     pipeline = load(arguments.model)
     budgets = _budgets(pipeline, arguments.max_ongoing)
     with httpx2.Client(base_url=arguments.url, timeout=60) as client:
