@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
@@ -14,6 +15,16 @@ from serve_app.config import AppConfig
 
 SERVE = Path(__file__).parents[2] / "cluster" / "serve"
 FILES = sorted(SERVE.glob("*.yaml"))
+
+
+def deployments(application):
+    """What would be deployed, by name."""
+    found, waiting = {}, [application]
+    while waiting:
+        deployment = waiting.pop()._bound_deployment
+        found[deployment.name] = deployment
+        waiting += [argument for argument in deployment.init_args if isinstance(argument, Application)]
+    return found
 
 
 def test_the_local_file_says_the_defaults():
@@ -47,14 +58,12 @@ def test_a_stage_takes_as_many_requests_as_it_is_scaled_by(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     args = {"denoiser": {"min_replicas": 0, "max_replicas": 4, "max_ongoing": 3, "urgent_reserve": 2, "num_gpus": 0.5}}
     config = AppConfig.model_validate({**args, "generator": {"num_replicas": 5}})
-    ingress = build(config)
-    generator = ingress._bound_deployment.init_args[-2]
-    denoiser = generator._bound_deployment.init_args[-2]._bound_deployment
+    denoiser = deployments(build(config))["Denoiser"]
     assert denoiser._deployment_config.autoscaling_config.target_ongoing_requests == 3
     assert denoiser._deployment_config.max_ongoing_requests == 3
     assert denoiser.ray_actor_options["num_gpus"] == 0.5
     fixed = AppConfig.model_validate({"denoiser": {**args["denoiser"], "min_replicas": 4}})
-    denoiser = build(fixed)._bound_deployment.init_args[-2]._bound_deployment.init_args[-2]._bound_deployment
+    denoiser = deployments(build(fixed))["Denoiser"]
     assert denoiser._deployment_config.max_ongoing_requests == 3 + 2
     assert config.jobs_per_generator * 5 >= 4 * 3
     assert (config.jobs_per_generator - 1) * 5 < 4 * 3
@@ -63,30 +72,27 @@ def test_a_stage_takes_as_many_requests_as_it_is_scaled_by(tmp_path, monkeypatch
 def test_a_part_is_placed_as_its_section_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     on_gpus = {"label_selector": {"pool": "gpu"}, "max_replicas_per_node": 1, "max_surge_percent": 50}
-    ingress = build(AppConfig.model_validate({"decoder": on_gpus, "ingress": {"label_selector": {"pool": "cpu"}}}))
-    generator = ingress._bound_deployment.init_args[-1]
-    decoder = generator._bound_deployment.init_args[-1]._bound_deployment
-    assert decoder.ray_actor_options["label_selector"] == {"pool": "gpu"}
-    assert decoder._replica_config.max_replicas_per_node == 1
-    assert decoder._deployment_config.max_surge_percent == 50
-    assert ingress._bound_deployment.ray_actor_options["label_selector"] == {"pool": "cpu"}
-    assert "label_selector" not in generator._bound_deployment.ray_actor_options
+    config = AppConfig.model_validate({"decoder": on_gpus, "ingress": {"label_selector": {"pool": "cpu"}}})
+    deployed = deployments(build(config))
+    assert deployed["Decoder"].ray_actor_options["label_selector"] == {"pool": "gpu"}
+    assert deployed["Decoder"]._replica_config.max_replicas_per_node == 1
+    assert deployed["Decoder"]._deployment_config.max_surge_percent == 50
+    assert deployed["Ingress"].ray_actor_options["label_selector"] == {"pool": "cpu"}
+    assert "label_selector" not in deployed["Generator"].ray_actor_options
 
 
 def test_a_version_that_does_not_start_displaces_no_part_that_needs_no_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ingress = build(AppConfig())
-    generator = ingress._bound_deployment.init_args[-1]
-    encoder, denoiser, decoder = (stage._bound_deployment for stage in generator._bound_deployment.init_args[-3:])
-    for deployment in (ingress._bound_deployment, generator._bound_deployment, encoder):
-        assert deployment._deployment_config.max_surge_percent == 100
-    for deployment in (denoiser, decoder):
-        assert deployment._deployment_config.max_surge_percent == 0
+    surges = {
+        name: deployment._deployment_config.max_surge_percent
+        for name, deployment in deployments(build(AppConfig())).items()
+    }
+    assert surges == {"Ingress": 100, "Generator": 100, "TextEncoder": 100, "Denoiser": 0, "Decoder": 0}
 
 
 def test_relative_paths_are_taken_from_where_the_service_is_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    storage = build(AppConfig())._bound_deployment.init_args[1]
+    storage = deployments(build(AppConfig()))["Ingress"].init_args[1]
     assert storage.database == f"sqlite:///{tmp_path}/outputs/t2v.db"
     assert storage.artifacts == f"{tmp_path}/outputs/store"
 
