@@ -30,6 +30,7 @@ from serve_app.sizes import SizeLimit, measured
 from t2v_core import stages
 from t2v_core.denoising import Denoising
 from t2v_core.engine import (
+    ROWS,
     Cancelled,
     Engine,
     EngineThread,
@@ -62,6 +63,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
 _BROKEN_PAUSE_S = 30.0
+_ROWS_A_VIDEO = 2  # with guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +191,11 @@ class Denoiser:
         sizes = [(defaults.num_frames, defaults.height, defaults.width), *self._config.warm_up]
         shapes = [VideoShape(*size).latents() for size in dict.fromkeys(sizes)]
         began = time.monotonic()
-        profile = known or measure(unet, shapes)
+        most_rows = _ROWS_A_VIDEO * (self._config.max_ongoing + self._config.urgent_reserve)
+        rows = [number for number in ROWS if number <= most_rows]
+        profile = known or measure(unet, shapes, rows=rows)
         if known is not None:
-            warm_up(unet, shapes, known)
+            warm_up(unet, shapes, known, rows=rows)
         elif path is not None:
             profile.save(path)
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)

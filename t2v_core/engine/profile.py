@@ -145,13 +145,19 @@ def measure(
     return Profile(device=_device_name(parameter.device), dtype=str(parameter.dtype), measurements=tuple(measurements))
 
 
-def warm_up(unet: NoisePredictor, shapes: Sequence[LatentShape], profile: Profile, num_tokens: int = 77) -> None:
+def warm_up(
+    unet: NoisePredictor,
+    shapes: Sequence[LatentShape],
+    profile: Profile,
+    num_tokens: int = 77,
+    rows: Sequence[int] = ROWS,
+) -> None:
     """Call the UNet once with each number of rows that steps of these shapes will have: no request pays for the first.
 
     It compiles what is not compiled yet and captures graphs, which `measure` does as well.
     """
     for shape in shapes:
-        for number in ROWS:
+        for number in rows:
             if number <= profile.best_rows(shape):
                 _measure(unet, shape, number, num_tokens, repeats=0)
 
