@@ -55,7 +55,7 @@ class _Slot:
         return self.request.denoising.trajectory.is_finished
 
 
-_LAUNCH_S = 0.004  # how long before a step ends the next is launched: more than launching takes
+_LAUNCH_S = 0.006  # how long before a step ends the next is launched: more than launching takes
 
 
 class Engine:
