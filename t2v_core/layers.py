@@ -19,6 +19,7 @@ from t2v_core.kernels import (
     add,
     add_group_norm,
     add_layer_norm,
+    conv_over_time,
     geglu,
     group_norm,
     join_quarters,
@@ -57,15 +58,6 @@ def conv_frames(x: Tensor, conv: nn.Conv2d, *, bias: bool = True) -> Tensor:
     frames = rearrange(x, "b f h w c -> (b f) c h w")
     out = F.conv2d(frames, conv.weight, conv.bias if bias else None, conv.stride, conv.padding)
     return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
-
-
-def conv_over_time(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """A convolution over the frames of every pixel, (b, f, h, w, c), without its bias."""
-    if x.is_cuda:  # whose library chooses better kernels for this than for the same in two dimensions
-        out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), conv.weight, padding=(1, 0, 0))
-        return rearrange(out, "b c f h w -> b f h w c").contiguous()
-    out = F.conv2d(rearrange(x, "b f h w c -> b c f (h w)"), conv.weight.squeeze(-1), padding=(1, 0))
-    return rearrange(out, "b c f (h w) -> b f h w c", h=x.shape[2]).contiguous()
 
 
 def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -169,13 +161,13 @@ class TemporalConvLayer(nn.Module):
         """x: (b, f, h, w, c), same shape out."""
         norm, _, conv = _parts(self.conv1)
         x, residual = summed_and_normed(x, norm, over_frames=True, silu=True)
-        residual = conv_over_time(residual, conv)
+        residual = conv_over_time(residual, conv.weight)
         for layer in (self.conv2, self.conv3, self.conv4):
             assert conv.bias is not None
             offset = conv.bias[None]
             norm, drop, conv = _parts(layer)
             residual = group_norm(residual, norm, over_frames=True, silu=True, offset=offset)
-            residual = conv_over_time(drop(residual), conv)
+            residual = conv_over_time(drop(residual), conv.weight)
         return Sum(x, residual, conv.bias)
 
 

@@ -78,6 +78,15 @@ def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
     return fast.add(x, delta, offset)
 
 
+def conv_over_time(x: Tensor, weight: Tensor) -> Tensor:
+    """As `plain.conv_over_time`, where a kernel of our own is faster than the library's."""
+    if not _runs_triton(x) or torch.cuda.get_device_capability(x.device) < _HOPPER:
+        return plain.conv_over_time(x, weight)
+    from t2v_core.kernels import triton_conv_over_time as fast
+
+    return fast.conv_over_time(x, weight) if fast.pays(x, weight) else plain.conv_over_time(x, weight)
+
+
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """As `plain.geglu`, with the gate applied before anything is written."""
     if not _runs_triton(x) or torch.cuda.get_device_capability(x.device) < _HOPPER:

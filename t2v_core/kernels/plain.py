@@ -71,6 +71,15 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     return rearrange(torch.stack(rows) + bias, "p q b f h w c -> b f (h p) (w q) c").contiguous()
 
 
+def conv_over_time(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution over the frames of every pixel, without a bias. x: (b, f, h, w, c), weight: (c2, c, 3, 1, 1)."""
+    if x.is_cuda:  # whose library chooses better kernels for this than for the same in two dimensions
+        out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), weight, padding=(1, 0, 0))
+        return rearrange(out, "b c f h w -> b f h w c").contiguous()
+    out = F.conv2d(rearrange(x, "b f h w c -> b c f (h w)"), weight.squeeze(-1), padding=(1, 0))
+    return rearrange(out, "b c f (h w) -> b f h w c", h=x.shape[2]).contiguous()
+
+
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """A linear layer gated by the (erf) GELU of its other half (Shazeer 2020).
 

@@ -164,6 +164,32 @@ def test_geglu(rows, width, inner, dtype):
     assert not beside[:, :8].any()
 
 
+@pytest.mark.skipif(
+    not IS_INTERPRETED and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0)),
+    reason="needs a Hopper GPU, or TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("num_frames", "side", "channels", "out_channels"), [(1, 3, 64, 8), (5, 4, 128, 72), (3, 12, 64, 136)]
+)
+def test_conv_over_time(num_frames, side, channels, out_channels, dtype):
+    from t2v_core.kernels import triton_conv_over_time as fast
+
+    x = draw(2, num_frames, side, side, channels, dtype=dtype)
+    weight = draw(out_channels, channels, 3, 1, 1, dtype=dtype).to(memory_format=torch.channels_last_3d)
+    assert fast.fits(x, weight)
+    assert_close(fast.conv_over_time(x, weight), plain.conv_over_time(x.double(), weight.double()), dtype)
+
+
+def test_conv_over_time_is_not_for_weights_that_lie_otherwise():
+    from t2v_core.kernels import triton_conv_over_time as fast
+
+    x, weight = draw(1, 2, 2, 2, 640, dtype=torch.float16), draw(640, 640, 3, 1, 1, dtype=torch.float16)
+    assert not fast.pays(x, weight)
+    assert fast.pays(x, weight.to(memory_format=torch.channels_last_3d))
+    assert not fast.fits(x.float(), weight.float())
+
+
 def test_geglu_is_not_for_rows_that_the_copy_engine_cannot_take():
     from t2v_core.kernels import triton_geglu as fast
 
