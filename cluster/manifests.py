@@ -63,6 +63,7 @@ class Group:
     cpus: float
     gpus: float
     resources: dict[str, float]
+    labels: dict[str, str]
     least: int
     most: int
 
@@ -154,4 +155,4 @@ def _group(name: str, group: Manifest, path: str, least: int, most: int) -> Grou
     cpus = own.get("CPU") or params.get("num-cpus") or limits.get("cpu") or requests.get("cpu") or 0
     gpus = own.get("GPU") or params.get("num-gpus") or limits.get(GPU) or 0
     others = {key: quantity(value) for key, value in own.items() if key not in ("CPU", "GPU", "memory")}
-    return Group(name, pod, quantity(cpus), quantity(gpus), others, least, most)
+    return Group(name, pod, quantity(cpus), quantity(gpus), others, group.get("labels", {}), least, most)

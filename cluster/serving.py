@@ -1,4 +1,4 @@
-"""Does the service fit its cluster? The Serve configuration beside the nodes, the ports and the patience around it."""
+"""Does the service suit its cluster? The Serve configuration beside the ports, the files and the patience around it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.manifests import Group, Manifest, Problem, cluster_spec, groups, name_of, of_kind, pods
+from cluster.placement import check_placement
 from serve_app.config import AppConfig
 
 IMPORT_PATH = "serve_app.app:build"
@@ -49,7 +50,8 @@ def check_serving(manifests: list[Manifest]) -> Iterator[Problem]:
             continue
         if application.import_path != IMPORT_PATH:
             yield served.problem("serve config", f"import_path {application.import_path}: must be {IMPORT_PATH}")
-        for check in (_fits, _shares_nothing, _is_patient, _haproxy, _ports, _has_files):
+        yield from check_placement(where, served.app, served.groups)
+        for check in (_shares_nothing, _is_patient, _haproxy, _ports, _has_files):
             yield from check(served)
         yield from _waits_for_weights(served, manifests)
         yield from _behind_ingress(served, manifests)
@@ -66,80 +68,6 @@ def _configs(manifests: list[Manifest]) -> Iterator[tuple[str, str, Manifest]]:
         for config in of_kind(manifests, "ConfigMap"):
             if text := config["data"].get("serve-config.yaml"):
                 yield name_of(config), text, cluster
-
-
-@dataclass(slots=True)
-class _Node:
-    """What is still free on a node; a fraction of a GPU is on one GPU."""
-
-    cpus: float
-    gpus: list[float]
-    resources: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Replica:
-    name: str
-    cpus: float
-    gpus: float
-    resources: dict[str, float]
-
-
-def _fits(served: Served) -> Iterator[Problem]:
-    """All replicas at once find room at their most, and the ones that are always there on the nodes always there."""
-    for group in served.groups:
-        if group.gpus and group.cpus:
-            yield served.problem(
-                "GPU nodes",
-                f"group {group.name} has GPUs and {group.cpus:g} CPUs: Serve spreads replicas without GPU onto it, and"
-                ' their cores are then missing beside the GPU; give it resources: {CPU: "0"}',
-            )
-    for most, size in ((True, "maxReplicas"), (False, "minReplicas")):
-        left = _left_out(_replicas(served.app, most), served.groups, most)
-        if left:
-            names = ", ".join(sorted({replica.name for replica in left}))
-            yield served.problem(
-                "fit",
-                f"{len(left)} replicas ({names}) find no room on the groups' {size} nodes, GPUs or cores: raise"
-                f" {size} or lower {'max' if most else 'min'}_replicas",
-            )
-
-
-def _replicas(app: AppConfig, most: bool) -> list[_Replica]:
-    found: list[_Replica] = []
-    for name, stage in (("TextEncoder", app.text_encoder), ("Denoiser", app.denoiser), ("Decoder", app.decoder)):
-        count = stage.max_replicas if most else stage.min_replicas
-        found += count * [_Replica(name, stage.num_cpus, stage.num_gpus, stage.resources)]
-    for name, part in (("Generator", app.generator), ("Ingress", app.ingress)):
-        found += part.num_replicas * [_Replica(name, part.num_cpus, 0, {})]
-    return sorted(found, key=lambda replica: (replica.gpus, replica.cpus), reverse=True)
-
-
-def _left_out(replicas: list[_Replica], kinds: list[Group], most: bool) -> list[_Replica]:
-    """First fit, largest first: what fits so can also be scheduled; whether Ray finds that is its own affair."""
-    nodes = [
-        _Node(kind.cpus, [1.0] * int(kind.gpus), dict(kind.resources))
-        for kind in sorted(kinds, key=lambda kind: kind.gpus)
-        for _ in range(kind.most if most else kind.least)
-    ]
-    return [replica for replica in replicas if not any(_placed(replica, node) for node in nodes)]
-
-
-def _placed(replica: _Replica, node: _Node) -> bool:
-    slack = 1e-6
-    wanted = replica.resources
-    if replica.cpus > node.cpus + slack or any(node.resources.get(key, 0) < wanted[key] for key in wanted):
-        return False
-    share = min(replica.gpus, 1.0)
-    free = [number for number, rest in enumerate(node.gpus) if rest + slack >= share][: max(1, int(replica.gpus))]
-    if replica.gpus and len(free) < max(1, int(replica.gpus)):
-        return False
-    for number in free if replica.gpus else []:
-        node.gpus[number] -= share
-    node.cpus -= replica.cpus
-    for key in wanted:
-        node.resources[key] -= wanted[key]
-    return True
 
 
 def _shares_nothing(served: Served) -> Iterator[Problem]:

@@ -17,7 +17,8 @@ from cluster.validate import FOLDERS, ROOT, Tree, check_rules, check_schemas
 ONE, POOL, DEV, CALLER = FOLDERS
 GONE = object()
 CLUSTER = "spec.rayClusterConfig"
-HEAD, CPU, GPU = (f"{CLUSTER}.{part}" for part in ("headGroupSpec", "workerGroupSpecs.0", "workerGroupSpecs.1"))
+HEAD = f"{CLUSTER}.headGroupSpec"
+CPU, GPU, SPOT = (f"{CLUSTER}.workerGroupSpecs.{number}" for number in range(3))
 RAY = "template.spec.containers.0"
 
 
@@ -62,8 +63,13 @@ BREAKS = [
     served("fit", "Decoder", "applications.0.args.decoder.num_gpus", 0.5, ONE),
     served("fit", "min", "applications.0.args.denoiser.min_replicas", 1),
     served("fit", "Decoder", "applications.0.args.decoder.resources", {"t2v_disk": 1}),
-    Break("fit", "raise maxReplicas", f"{CLUSTER}.workerGroupSpecs.2.maxReplicas", 3),
+    Break("fit", "raise maxReplicas", f"{SPOT}.maxReplicas", 3),
     Break("fit", "raise minReplicas", f"{CPU}.minReplicas", 0),
+    served("fit", "Decoder", "applications.0.args.decoder.max_replicas", 13),
+    served("fit", "Generator", "applications.0.args.generator.label_selector", {"pool": "gpu"}),
+    served("fit", "Ingress", "applications.0.args.ingress.label_selector", {"pool": "!in(cpu, gpu)"}),
+    Break("fit", "label a group", f"{CPU}.labels", {}),
+    served("placement", "Generator has num_cpus 0", "applications.0.args.generator.num_cpus", 0, ONE),
     Break("GPU nodes", 'CPU: "0"', f"{GPU}.resources.CPU", "4"),
     served("SQLite", "use postgresql", "applications.0.args.storage.database", "sqlite:////var/lib/t2v/t2v.db"),
     served("artifacts", "use s3", "applications.0.args.storage.artifacts", "/var/lib/t2v/store"),
@@ -90,7 +96,6 @@ BREAKS = [
     # HAProxy and ports
     Break("HAProxy", "set it alike", f"{CPU}.{RAY}.env", []),
     Break("HAProxy", "4 MiB", f"{CPU}.{RAY}.env", env("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")),
-    Break("HAProxy", "30 or more", f"{CPU}.{RAY}.env", env("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")),
     served("host", "must be 0.0.0.0", "http_options.host", "127.0.0.1"),
     served("host", "must be 0.0.0.0", "http_options.host", GONE),
     served("port", "Serve listens on 8500", "http_options.port", 8500),

@@ -201,7 +201,8 @@ CLUSTER_ALLOWED = {
     "render": set(),
     "schemas": {"manifests"},
     "operator_rules": {"manifests"},
-    "serving": {"manifests"},
+    "placement": {"manifests"},
+    "serving": {"manifests", "placement"},
     "security": {"manifests"},
     "monitoring": {"manifests"},
     "validate": {"manifests", "monitoring", "operator_rules", "render", "schemas", "security", "serving"},
@@ -210,6 +211,7 @@ CLUSTER_ALLOWED = {
 }
 CLUSTER_OTHERS = {
     "local": {"serve_app.config", "serve_app.config.AppConfig"},
+    "placement": {"serve_app.config", "serve_app.config.AppConfig", "serve_app.config.Placement"},
     "serving": {
         "ray.serve.schema",
         "ray.serve.schema.ServeDeploySchema",
