@@ -22,6 +22,8 @@ _HAPROXY, _HARD_STOP = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_HARD_STOP
 _SERVER_TIMEOUT, _DRAINING = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 _THROUGHPUT = "RAY_SERVE_THROUGHPUT_OPTIMIZED"
 _HARD_STOP_S, _DRAINING_S = 120.0, 30.0  # Ray's defaults
+_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+_DRAIN_S, _GRACE_S = 30.0, 30.0  # Ray's default, and Kubernetes'
 _READ_TIMEOUT = "nginx.ingress.kubernetes.io/proxy-read-timeout"
 
 
@@ -51,7 +53,7 @@ def check_serving(manifests: list[Manifest]) -> Iterator[Problem]:
         if application.import_path != IMPORT_PATH:
             yield served.problem("serve config", f"import_path {application.import_path}: must be {IMPORT_PATH}")
         yield from check_placement(where, served.app, served.groups)
-        for check in (_shares_nothing, _is_patient, _haproxy, _ports, _has_files):
+        for check in (_shares_nothing, _is_patient, _has_notice, _haproxy, _ports, _has_files):
             yield from check(served)
         yield from _waits_for_weights(served, manifests)
         yield from _behind_ingress(served, manifests)
@@ -101,6 +103,27 @@ def _is_patient(served: Served) -> Iterator[Problem]:
                 f"{name} is {seconds:g} s, and a generation may take longest_generation_s, {longest:g} s: raise it"
             )
             yield served.problem("graceful shutdown", message)
+
+
+def _has_notice(served: Served) -> Iterator[Problem]:
+    """A pod that is told to end drains its Ray node before it is killed, and denoisers hand over before that ends."""
+    app = served.app
+    for group in served.groups:
+        drain_s = float(group.environment.get(_DRAIN, _DRAIN_S))
+        grace_s = float(group.pod.spec.get("terminationGracePeriodSeconds", _GRACE_S))
+        if grace_s <= drain_s:
+            message = (
+                f"terminationGracePeriodSeconds of {group.name} is {grace_s:g} s, and Ray drains the node for {_DRAIN},"
+                f" {drain_s:g} s: Kubernetes kills it before that is over; raise the first or lower the second"
+            )
+            yield served.problem("notice", message)
+        denoises = group.gpus if app.denoiser.num_gpus else group.cpus
+        if group.name != "head" and denoises and drain_s <= app.denoiser.hand_back_s:
+            message = (
+                f"{_DRAIN} of {group.name} is {drain_s:g} s, and denoiser.hand_back_s {app.denoiser.hand_back_s:g} s:"
+                " videos are handed over so long before the drain ends; raise the first or lower the second"
+            )
+            yield served.problem("notice", message)
 
 
 def _haproxy(served: Served) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ CLUSTER = "spec.rayClusterConfig"
 HEAD = f"{CLUSTER}.headGroupSpec"
 CPU, GPU, SPOT = (f"{CLUSTER}.workerGroupSpecs.{number}" for number in range(3))
 RAY = "template.spec.containers.0"
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,18 @@ BREAKS = [
         {},
         where="Ingress t2v",
     ),
+    # Nodes that are told to go
+    Break("notice", "of gpu is 45 s, and Ray", f"{GPU}.template.spec.terminationGracePeriodSeconds", 45),
+    Break("notice", "of cpu is 30 s, and Ray", f"{CPU}.template.spec.terminationGracePeriodSeconds", GONE),
+    Break("notice", "of gpu-spot is 15 s, and Ray", f"{SPOT}.{RAY}.env", ENV),
+    Break("notice", "of head is 30 s, and Ray", f"{HEAD}.{RAY}.env", ENV),
+    Break("notice", "of gpu-spot is 10 s, and denoiser", f"{SPOT}.{RAY}.env", env(DRAIN, "10")),
+    Break("notice", "of gpu is 0 s, and denoiser", f"{GPU}.{RAY}.env", env(DRAIN, "0"), ONE),
+    served("notice", "of gpu-spot is 12 s, and denoiser", "applications.0.args.denoiser.hand_back_s", 12),
     # HAProxy and ports
     Break("HAProxy", "set it alike", f"{CPU}.{RAY}.env", []),
     Break("HAProxy", "4 MiB", f"{CPU}.{RAY}.env", env("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")),
+    Break("HAProxy", "30 or more", f"{CPU}.{RAY}.env", env("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")),
     served("host", "must be 0.0.0.0", "http_options.host", "127.0.0.1"),
     served("host", "must be 0.0.0.0", "http_options.host", GONE),
     served("port", "Serve listens on 8500", "http_options.port", 8500),
