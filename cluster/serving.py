@@ -40,8 +40,9 @@ class Served:
         return Problem(rule, self.where, message)
 
 
-def check_serving(manifests: list[Manifest]) -> Iterator[Problem]:
-    """All rules on what is served, of each configuration that can be read at all."""
+def check_serving(manifests: list[Manifest], secrets: list[Manifest]) -> Iterator[Problem]:
+    """All rules on what is served, of each configuration that can be read at all. `secrets`: the example of them."""
+    known = {secret["metadata"]["name"]: set(secret["stringData"]) for secret in secrets}
     for where, text, cluster in _configs(manifests):
         try:
             raw = yaml.safe_load(text)
@@ -53,8 +54,9 @@ def check_serving(manifests: list[Manifest]) -> Iterator[Problem]:
         if application.import_path != IMPORT_PATH:
             yield served.problem("serve config", f"import_path {application.import_path}: must be {IMPORT_PATH}")
         yield from check_placement(where, served.app, served.groups)
-        for check in (_shares_nothing, _is_patient, _has_notice, _haproxy, _ports, _has_files):
+        for check in (_shares_nothing, _is_patient, _has_notice, _haproxy, _ports):
             yield from check(served)
+        yield from _has_files(served, known)
         yield from _waits_for_weights(served, manifests)
         yield from _behind_ingress(served, manifests)
 
@@ -169,15 +171,34 @@ def _ports(served: Served) -> Iterator[Problem]:
                 yield served.problem("port", message)
 
 
-def _has_files(served: Served) -> Iterator[Problem]:
-    """The weights are mounted wherever a replica may be, and the keys where the Ingress deployment may."""
-    model, keys = served.app.model, served.app.keys.file
+def _has_files(served: Served, secrets: dict[str, set[str]]) -> Iterator[Problem]:
+    """What the configuration names is mounted wherever it is read, and where that is a secret, it is in there."""
     for group in served.groups:
-        mounts = [mount["mountPath"] for mount in group.ray.get("volumeMounts", [])]
-        wanted = [model] if model.startswith("/") and (group.cpus or group.gpus) else []
-        for path in wanted + ([str(keys)] if keys and group.cpus else []):
-            if not any(path.startswith(f"{mount}/") for mount in mounts):
-                yield served.problem("files", f"{path} is under no mount of {group.name}, {mounts}: mount its volume")
+        volumes = {volume["name"]: volume for volume in group.pod.spec.get("volumes", [])}
+        mounts = {mount["mountPath"]: volumes.get(mount["name"], {}) for mount in group.ray.get("volumeMounts", [])}
+        for path in _read_by(served.app, group):
+            above = [mount for mount in mounts if path.startswith(f"{mount}/")]
+            if not above:
+                message = f"{path} is under no mount of {group.name}, {sorted(mounts)}: mount its volume"
+                yield served.problem("files", message)
+                continue
+            mount = max(above, key=len)
+            secret, key = mounts[mount].get("secret", {}).get("secretName"), path.removeprefix(f"{mount}/")
+            if secret in secrets and key not in secrets[secret]:
+                message = (
+                    f"{path}: secret {secret} of examples/secrets.yaml, mounted at {mount}, lacks key {key}; add it"
+                )
+                yield served.problem("files", message)
+
+
+def _read_by(app: AppConfig, group: Group) -> Iterator[str]:
+    """The files that the service reads on nodes of a group."""
+    if app.model.startswith("/") and (group.cpus or group.gpus):
+        yield app.model
+    if app.keys.file and group.cpus:  # by the Ingress deployment
+        yield str(app.keys.file)
+    if app.webhooks.secret_file:  # by serve_app.app:build, a task of no CPUs, which Ray runs on any node, the head too
+        yield str(app.webhooks.secret_file)
 
 
 def _waits_for_weights(served: Served, manifests: list[Manifest]) -> Iterator[Problem]:

@@ -62,7 +62,7 @@ def check_schemas(tree: Tree, known: Crds) -> Iterator[Problem]:
 def check_rules(tree: Tree) -> Iterator[Problem]:
     """Whether they would work, as far as that can be told without running them."""
     yield from check_operator(tree.manifests, tree.ray_version)
-    yield from check_serving(tree.manifests)
+    yield from check_serving(tree.manifests, tree.secrets)
     yield from check_security(tree.manifests, tree.secrets)
     yield from check_monitoring(tree.manifests, tree.guide)
 

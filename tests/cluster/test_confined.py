@@ -32,6 +32,7 @@ def test_a_confined_pod_serves(trees, tmp_path):
     (head,) = groups(service["spec"]["rayClusterConfig"])
     config = tmp_path / "serve.yaml"
     config.write_text(service["spec"]["serveConfigV2"])
+    mounts = head.ray["volumeMounts"]
     user = head.pod.spec["securityContext"]["runAsUser"]
     visible = [Path(sys.prefix), Path(sys.base_prefix), ROOT.parent, tmp_path]
     above = {folder for path in visible for folder in (path, *path.parents)}
@@ -46,7 +47,7 @@ def test_a_confined_pod_serves(trees, tmp_path):
         **head.environment,
         "VISIBLE": ":".join(map(str, visible)),
         "CLOSED": ":".join(map(str, closed)),
-        "WRITABLE": ":".join(["/dev/shm", *(mount["mountPath"] for mount in head.ray["volumeMounts"])]),
+        "WRITABLE": ":".join(["/dev/shm", *(m["mountPath"] for m in mounts if not m.get("readOnly"))]),
     }
     tmp_path.chmod(0o755)
     command = [*NAMESPACES, "bash", HERE / "confined.sh", str(user), sys.executable, HERE / "in_pod.py", config]

@@ -123,6 +123,11 @@ BREAKS = [
     # Files
     served("files", "/weights/ms is under no mount of gpu", "applications.0.args.model", "/weights/ms"),
     served("files", "/etc/keys is under no mount of cpu", "applications.0.args.keys.file", "/etc/keys"),
+    served("files", "under no mount of head", "applications.0.args.webhooks.secret_file", "/etc/hooks/secret"),
+    Break("files", "/etc/t2v/webhooks/secret is under no mount of head", f"{HEAD}.{RAY}.volumeMounts.1", GONE),
+    Break("files", "is under no mount of gpu-spot", f"{SPOT}.{RAY}.volumeMounts.2", GONE),
+    served("files", "lacks key secert", "applications.0.args.webhooks.secret_file", "/etc/t2v/webhooks/secert"),
+    served("files", "lacks key kyes", "applications.0.args.keys.file", "/etc/t2v/keys/kyes", ONE),
     served("weights", "make them equal", "applications.0.args.model", "/models/zeroscope"),
     Break("weights", "of gpu waits", f"{GPU}.template.spec.initContainers", GONE),
     # KubeRay's own rules
