@@ -67,6 +67,10 @@ def _complete(where: str, pod: Pod, manifests: list[Manifest]) -> Iterator[Probl
         if (config := volume.get("configMap", {}).get("name")) and config not in maps:
             yield Problem("reference", where, f"config map {config}: none of this name; add it")
     for container in pod.containers:
+        for source in container.get("envFrom", []):
+            config = source.get("configMapRef", {"optional": True})
+            if not config.get("optional") and config["name"] not in maps:
+                yield Problem("reference", where, f"config map {config['name']}: none of this name; add it")
         for mount in container.get("volumeMounts", []):
             volume = volumes.get(mount["name"], {})
             if not volume:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._common.utils import import_attr
 
-from cluster.manifests import CannotRender, Problem, quantity, render
+from cluster.manifests import CannotRender, Problem, groups, quantity, render
 from cluster.render import KUBERAY
 from cluster.validate import FOLDERS, ROOT, Tree, check_rules, check_schemas
+from serve_app.tracing import otlp
 
 ONE, POOL, DEV, CALLER = FOLDERS
 GONE = object()
@@ -182,6 +184,7 @@ BREAKS = [
         CALLER,
         "RayCluster t2v-shared",
     ),
+    Break("reference", "config map t2v-tracing", f"{GPU}.{RAY}.envFrom.0.configMapRef.optional", False),
     Break("weights", "only the job does", f"{GPU}.{RAY}.volumeMounts.1.readOnly", False),
     Break("secret", "t2v-postgers", f"{CPU}.{RAY}.envFrom.0.secretRef.name", "t2v-postgers"),
     Break(
@@ -286,6 +289,21 @@ def test_each_overlay_takes_either_way_to_keep_the_clusters_state(name, ours, ot
     swapped = replace(trees[name], manifests=render(file.parent))
     assert swapped.manifests != trees[name].manifests
     assert [*check_schemas(swapped, known), *check_rules(swapped)] == []
+
+
+@pytest.mark.parametrize("name", [ONE, POOL])
+def test_with_the_component_for_traces_every_node_sends_them(name, trees, known, tmp_path):
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    file = tmp_path / "kuberay" / name / "kustomization.yaml"
+    file.write_text(file.read_text().replace("components:\n", "components:\n  - ../../components/tracing\n"))
+    traced = replace(trees[name], manifests=render(file.parent))
+    assert [*check_schemas(traced, known), *check_rules(traced)] == []
+    maps = {m["metadata"]["name"]: m["data"] for m in traced.manifests if m["kind"] == "ConfigMap"}
+    (service,) = (m for m in traced.manifests if m["kind"] == "RayService")
+    for group in groups(service["spec"]["rayClusterConfig"]):
+        (config,) = (source["configMapRef"]["name"] for source in group.ray["envFrom"] if "configMapRef" in source)
+        assert import_attr(maps[config]["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"]) is otlp
+        assert 0 < float(maps[config]["RAY_SERVE_TRACING_SAMPLING_RATIO"]) <= 1
 
 
 def test_kustomize_refuses_what_is_not_there(tmp_path):
