@@ -3,7 +3,9 @@
 import ast
 import copy
 import json
+import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from ray._common.utils import import_attr
 from cluster.manifests import CannotRender, Problem, groups, quantity, render
 from cluster.render import KUBERAY
 from cluster.validate import FOLDERS, ROOT, Tree, check_rules, check_schemas
+from serve_app.metrics import METRICS
 from serve_app.tracing import otlp
 
 ONE, POOL, DEV, CALLER = FOLDERS
@@ -277,6 +280,22 @@ def test_a_dashboard_that_asks_for_another_metric_is_found(trees):
         (problem,) = check_rules(broken)
         assert (problem.rule, panel["title"] in problem.where) == ("metric", True)
         panel["targets"][0]["expr"] = kept
+
+
+def test_the_dashboard_shows_every_metric_of_the_service_in_panels_that_do_not_overlap(trees):
+    (config,) = (m for m in trees[POOL].manifests if m["kind"] == "ConfigMap")
+    panels = json.loads(config["data"]["t2v.json"])["panels"]
+    shown = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    assert [spec.exported for spec in METRICS if not re.search(rf"\b{spec.exported}(_bucket)?\b", shown)] == []
+    cells = Counter(
+        (place["x"] + x, place["y"] + y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["w"])
+        for y in range(place["h"])
+    )
+    assert cells.most_common(1)[0][1] == 1
+    assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in panels}) == len(panels)
 
 
 @pytest.mark.parametrize(("name", "ours", "other"), [(ONE, "embedded", "redis"), (POOL, "redis", "embedded")])
