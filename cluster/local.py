@@ -18,12 +18,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
 from cluster.ray_nodes import SERVE, RayNodes, http_status
-from serve_app.config import AppConfig
+from cluster.render import Changes, Config, Source, serve_config
 
 logger = logging.getLogger("cluster.local")
 
@@ -75,21 +74,18 @@ def _two_nodes(folder: Path) -> Iterator[RayNodes]:
         nodes.close()
 
 
+def configuration(database: str, store: Path, port: int) -> Config:
+    """cluster/serve/local.yaml, with storage that both nodes reach, and what needs the model off the head."""
+    work = {"label_selector": {"pool": "work"}}
+    storage = {"database": database, "artifacts": str(store)}
+    args = {"storage": storage, "text_encoder": work, "denoiser": work, "decoder": work}
+    return serve_config(Source(base="local.yaml", changes=Changes(http_options={"port": port}, args=args)))
+
+
 def _deploy(nodes: RayNodes, database: str, store: Path, port: int) -> None:
     """As on any cluster: a file for `serve deploy`, whose status is then asked for."""
-    work = {"label_selector": {"pool": "work"}}
-    args: dict[str, Any] = {
-        "model": "demo",
-        "storage": {"database": database, "artifacts": str(store)},
-        "text_encoder": work,
-        "denoiser": {"num_threads": 0, **work},
-        "decoder": {"num_threads": 0, **work},
-    }
-    AppConfig.model_validate(args)
-    app = {"name": "t2v", "import_path": "serve_app.app:build", "route_prefix": "/", "args": args}
-    http_options = {"host": "127.0.0.1", "port": port}
     file = nodes.folder / "serve.yaml"
-    file.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": http_options, "applications": [app]}))
+    file.write_text(yaml.safe_dump(configuration(database, store, port)))
     nodes.run(SERVE, "deploy", str(file))
     deadline = time.monotonic() + _READY_WITHIN_S
     while http_status(f"http://127.0.0.1:{port}/readyz") != 200:

@@ -46,3 +46,20 @@ def test_the_nodes_have_room_for_all_that_is_deployed(file):
     assert sum(stage.max_replicas * stage.num_gpus for stage in stages) <= sum(gpus)
     assert sum(stage.num_gpus for stage in stages) <= min(gpus)  # one of each to a GPU, and none is left over
     assert config.decoder.max_replicas_per_node == max(gpus)
+    with_gpus = [t for t in types if "GPU" in t["resources"]]
+    assert sum(stage.num_cpus for stage in stages) <= min(t["resources"]["CPU"] for t in with_gpus)
+
+
+def test_what_needs_no_gpu_has_nodes_of_its_own(file):
+    serve = yaml.safe_load((CLUSTER / "serve" / "cluster.yaml").read_text())
+    config = AppConfig.model_validate(serve["applications"][0]["args"])
+    counts = [
+        (config.text_encoder, config.text_encoder.max_replicas),
+        *((part, part.num_replicas) for part in (config.generator, config.ingress)),
+    ]
+    (selector,) = {tuple(part.label_selector.items()) for part, _ in counts}
+    chosen = [t for t in file["available_node_types"].values() if dict(selector).items() <= t["labels"].items()]
+    assert chosen
+    assert not any("GPU" in t["resources"] for t in chosen)
+    cores = sum(t["max_workers"] * t["resources"]["CPU"] for t in chosen)
+    assert sum(part.num_cpus * count for part, count in counts) <= cores

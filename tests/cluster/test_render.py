@@ -1,13 +1,16 @@
 """The Serve configurations on Kubernetes are those of cluster/serve, but for what an overlay says it changes."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from cluster import render
+from cluster.local import configuration
 from cluster.render import KUBERAY, SERVE, SOURCE, Changes, Source, merge, rendered, serve_config
+from serve_app.config import AppConfig
 
 SOURCES = sorted(KUBERAY.rglob(SOURCE))
 
@@ -33,6 +36,18 @@ def test_only_what_the_overlay_names_differs(path):
     (old,), (new,) = before["applications"], after["applications"]
     assert {key for key in new if new[key] != old.get(key)} == {"args"}
     assert {key for key in new["args"] if new["args"][key] != old["args"].get(key)} == set(changes["args"])
+
+
+def test_the_cluster_of_this_machine_gets_local_yaml_and_its_own_storage():
+    local = yaml.safe_load((SERVE / "local.yaml").read_text())
+    made = configuration("postgresql://t2v@/t2v", Path("/srv/store"), 8123)
+    assert (made["proxy_location"], made["http_options"]) == ("HeadOnly", {"host": "127.0.0.1", "port": 8123})
+    before, after = (AppConfig.model_validate(config["applications"][0]["args"]) for config in (local, made))
+    assert (after.storage.database, after.storage.artifacts) == ("postgresql://t2v@/t2v", "/srv/store")
+    stages = "text_encoder", "denoiser", "decoder"
+    assert [getattr(after, stage).label_selector for stage in stages] == [{"pool": "work"}] * 3
+    restored = {stage: getattr(after, stage).model_copy(update={"label_selector": {}}) for stage in stages}
+    assert after.model_copy(update={"storage": before.storage, **restored}) == before
 
 
 def test_mappings_are_merged_and_the_rest_is_replaced():

@@ -207,10 +207,9 @@ CLUSTER_ALLOWED = {
     "monitoring": {"manifests"},
     "validate": {"manifests", "monitoring", "operator_rules", "render", "schemas", "security", "serving"},
     "ray_nodes": set(),
-    "local": {"ray_nodes"},
+    "local": {"ray_nodes", "render"},
 }
 CLUSTER_OTHERS = {
-    "local": {"serve_app.config", "serve_app.config.AppConfig"},
     "placement": {"serve_app.config", "serve_app.config.AppConfig", "serve_app.config.Placement"},
     "serving": {
         "ray.serve.schema",
