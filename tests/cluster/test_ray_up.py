@@ -1,6 +1,7 @@
 """The file for `ray up` is one, by Ray's own schema, and its nodes have room for what is deployed on them."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -29,6 +30,11 @@ def test_ray_takes_the_file(file, schema):
     for node_type in file["available_node_types"].values():
         validate_node_labels(node_type["labels"])
     assert file["head_node_type"] in file["available_node_types"]
+
+
+def test_the_token_is_where_ray_looks_for_it_in_the_image(file):
+    (home,) = re.findall(r"^ +HOME=(\S+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert f"{home}/.ray/auth_token" in file["file_mounts"]
 
 
 def test_ray_refuses_a_field_that_it_does_not_know(file, schema):
