@@ -4,11 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cluster.render import KUBERAY, ROOT
 from cluster.validate import CRDS, crds_folder
+from serve_app.webhooks import signing_secret
 
 GUIDE = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^ {4,}(.+)$", GUIDE, re.MULTILINE)]
@@ -20,6 +22,16 @@ def test_its_own_commands_run(command, known):
     words = [sys.executable, *shlex.split(command)[1:]]
     ran = subprocess.run(words, cwd=ROOT.parent, env={CRDS: str(crds_folder())}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_receivers_secret_is_printed_as_the_guide_says(trees):
+    (line,) = (line.removeprefix("| ") for line in COMMANDS if "webhook-secret" in line)
+    (template,) = re.findall(r"go-template='(.+)'", GUIDE)
+    (values,) = (s["stringData"] for s in trees["overlays/gpu-pool"].secrets if s["metadata"]["name"] == "t2v-webhooks")
+    config = re.sub(r"{{\.data\.(\w+) \| base64decode}}", lambda found: values[found[1]], template)
+    words = [str(Path(sys.executable).with_name("t2v")), *shlex.split(line)[1:]]
+    ran = subprocess.run(words, input=config, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, signing_secret(values["secret"], "somebody") + "\n"), ran.stderr
 
 
 def test_kubectl_is_given_what_exists(trees):
