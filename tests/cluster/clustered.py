@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -40,8 +41,9 @@ def bucket() -> Iterator[Storage]:
     try:
         host, port = server.get_host_and_port()
         options = {"endpoint_url": f"http://{host}:{port}", "key": "test-key", "secret": "test-secret"}
-        fsspec.filesystem("s3", **options).mkdir("t2v")
-        yield {"artifacts": "s3://t2v/store", "artifact_options": options}
+        name = f"t2v-{uuid.uuid4().hex}"  # all servers of a process share their buckets
+        fsspec.filesystem("s3", **options).mkdir(name)
+        yield {"artifacts": f"s3://{name}/store", "artifact_options": options}
     finally:
         server.stop()
 
