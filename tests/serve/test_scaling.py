@@ -1,4 +1,7 @@
-"""Denoisers come and go with the jobs that wait, a redeploy disturbs none of them, and a restart finds them all."""
+"""Denoisers come and go with the jobs that wait, and a restart finds them all.
+
+On several nodes, with PostgreSQL and S3, and while another version is deployed: tests/cluster.
+"""
 
 import os
 import signal
@@ -9,15 +12,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
 import httpx2
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
-from ray import serve
-from running import APP, Running, config, ray_started, running, wait_for
+from running import Running, config, ray_started, running, wait_for
 
-from serve_app.app import build
 
 pytestmark = pytest.mark.service
 
@@ -41,43 +40,6 @@ def test_denoisers_scale_from_zero_to_several_and_back_and_all_are_used(tmp_path
         wait_for(_three_denoisers_compute, 60)
         assert [service.ended(video, 180)["status"] for video in videos] == ["completed"] * 5
         wait_for(lambda: service.replicas("Denoiser") == [], 60)
-
-
-def test_a_redeploy_under_load_loses_and_doubles_nothing(tmp_path):
-    with running(config(tmp_path)) as service:
-        videos = [service.create(seed=seed, num_inference_steps=8) for seed in range(3)]
-        service.at_step(videos[0], 2)
-        changed = config(
-            tmp_path, denoiser={"preview_every_steps": 3}, ingress={"max_queued": 50}, decoder={"encoding_threads": 1}
-        )
-        serve.run(build(changed), name=APP)
-        videos += [service.create(seed=seed, num_inference_steps=8) for seed in range(3, 5)]
-        assert [service.ended(video)["status"] for video in videos] == ["completed"] * 5
-        assert sorted(service.completions()) == sorted(videos)
-
-
-def test_on_postgresql_and_s3_a_killed_denoiser_costs_no_job_either(tmp_path, postgresql):
-    keys = {"key": "test-key", "secret": "test-secret"}
-    bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    bucket.start()
-    try:
-        options = {"endpoint_url": "http://{}:{}".format(*bucket.get_host_and_port()), **keys}
-        fsspec.filesystem("s3", **options).mkdir("t2v")
-        with postgresql.database() as url:
-            storage = {"database": url, "artifacts": "s3://t2v/store", "artifact_options": options}
-            with running(config(tmp_path, storage=storage)) as service:
-                video_id = service.create(num_inference_steps=14)
-                wait_for(lambda: service.job(video_id).checkpoint_step >= 3)
-                service.kill("Denoiser")
-                assert service.ended(video_id)["status"] == "completed"
-                assert service.job(video_id).resumes >= 1
-                assert len(service.frames(video_id)) == 16
-                paths = fsspec.filesystem("s3", **options).find("t2v/store")
-                assert {artifact.path for artifact in service.job(video_id).artifacts.values()} <= {
-                    path.removeprefix("t2v/store/") for path in paths
-                }
-    finally:
-        bucket.stop()
 
 
 def test_after_a_restart_of_everything_queued_jobs_are_there_and_running_ones_are_made_again(tmp_path):
