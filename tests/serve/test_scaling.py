@@ -17,7 +17,6 @@ import pytest
 import yaml
 from running import Running, config, ray_started, running, wait_for
 
-
 pytestmark = pytest.mark.service
 
 
