@@ -14,7 +14,7 @@ PROMPT ?= A red circle moving right on a white background.
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: run cluster test test-fast chaos lint validate clean
+.PHONY: run cluster test test-fast test-slow chaos lint validate clean
 
 # Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
@@ -27,11 +27,15 @@ cluster: $(VENV)/.installed-test
 # The tests of the running service need the cores to themselves, and the full-size ones the memory.
 test: test-fast
 	$(BIN)/pytest -m service
-	$(BIN)/pytest -m cluster
+	$(BIN)/pytest -m "cluster and not slow"
 	$(BIN)/pytest -m full_size
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto -m "not full_size and not service and not cluster"
+
+# Ray's own autoscaler, and files that do not start: four minutes that `make test` spares.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/pytest -m slow
 
 # Kills parts of a running service at random, for about 15 minutes. KILLS=50 SEED=3 choose others.
 chaos: $(VENV)/.installed-test

@@ -13,7 +13,7 @@ from running import config, wait_for
 
 from cluster.ray_nodes import RayNodes
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 GPU_NODES = {"gpu": {"resources": {"CPU": 4, "gpu": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3}}
 

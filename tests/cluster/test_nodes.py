@@ -169,6 +169,7 @@ def test_a_changed_file_is_deployed_under_load_without_a_failed_request(service,
     caller.await_more(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [{"model": "/no/such/model"}, {"denoiser": {"max_ongonig": 3}}])
 def test_a_broken_file_is_refused_and_the_old_one_serves_on(service, storage, caller, broken):
     good = app_config(storage, ingress={"max_queued": 50}, denoiser={"preview_every_steps": 3})
