@@ -83,7 +83,7 @@ class Engine:
         self._runs_ahead = next(unet.parameters()).is_cuda if runs_ahead is None else runs_ahead
         self._launched: deque[Launched] = deque()  # first the step that the device is at
         self._settled_s = clock()
-        self._step_s: dict[tuple[LatentShape, int], float] = {}  # of the last step of so many rows
+        self._step_s: dict[tuple[LatentShape, int], float] = {}  # of the last step of so many rows, as the device says
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
         # Batches are told apart by their entries: an id may come again, as another request.
@@ -244,7 +244,8 @@ class Engine:
         began_s, self._settled_s = max(launched.launched_s, self._settled_s), now
         entries = [outcome.entry for outcome in launched.outcomes]
         self._count_step(entries, now - began_s)
-        self._step_s[step_size(entries)] = now - began_s if settled.device_s is None else settled.device_s
+        if settled.device_s is not None:  # the clock would count pauses as well
+            self._step_s[step_size(entries)] = settled.device_s
         events: list[Event] = []
         for entry, trajectory, is_finite, preview in settled.rows:
             slot = self._slots.get(entry.id)

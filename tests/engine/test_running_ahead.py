@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from t2v_core.engine import Cancelled, Engine, Failed, Finished, Request, RowBudgets, Stepped
+from t2v_core.engine import Cancelled, Engine, Failed, Finished, Profile, Request, RowBudgets, Stepped
+from t2v_core.engine.profile import Measurement
 from t2v_core.errors import EngineBroken, GenerationFailed
 
 
@@ -94,19 +95,34 @@ def test_one_that_only_waits_for_its_last_step_to_end_cannot_be_taken(ahead, pre
     assert [type(event) for event in ahead.advance()] == [Stepped, Finished]
 
 
-def test_the_pause_ends_shortly_before_the_step_at_hand(ahead, prepared, clock):
-    ahead.add(Request("a", prepared()))
+def test_the_pause_ends_shortly_before_the_step_at_hand(tiny_pipeline_float64, prepared, clock):
+    request = prepared()
+    measured = Measurement(shape=request.trajectory.shape, rows=2, step_s=0.2, memory_bytes=0)
+    budgets = RowBudgets(Profile(device="", dtype="", measurements=(measured,)))
+    ahead = Engine(tiny_pipeline_float64.unet, budgets, clock=clock, runs_ahead=True)
+    ahead.add(Request("a", request))
     assert ahead.pause_s() == 0.0  # nothing is running
     ahead.advance()
-    clock.now_s += 0.5
-    ahead.advance()
-    clock.now_s += 0.2  # the second step began when the first had ended
-    ahead.advance()
-    assert 0.19 < ahead.pause_s() < 0.2  # as long as the last, but for the launch
+    assert 0.19 < ahead.pause_s() < 0.2  # as long as was measured, but for the launch
     clock.now_s += 0.15
     assert 0.04 < ahead.pause_s() < 0.05
+    ahead.advance()  # the second begins when the first has ended, which is now
+    assert 0.19 < ahead.pause_s() < 0.2
     clock.now_s += 1.0
     assert ahead.pause_s() == 0.0
+
+
+def test_pauses_do_not_make_longer_pauses(tiny_pipeline_float64, prepared, clock):
+    ahead = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=2), clock=clock, runs_ahead=True)
+    ahead.add(Request("a", prepared(num_inference_steps=9)))
+    ahead.advance()
+    pauses = []
+    while len(ahead):
+        pauses.append(ahead.pause_s())
+        clock.now_s += pauses[-1]
+        ahead.advance()
+        clock.now_s += 0.01
+    assert max(pauses) == pytest.approx(pauses[0])
 
 
 def test_steps_and_their_time_are_counted_as_they_end(ahead, prepared, clock):
