@@ -46,11 +46,12 @@ from results import Results, RunRecord, Setup
 from systems import PRIORITY_BLIND, SYSTEMS, ServeBatches, Setting, StaticBatches, System
 
 from t2v_core.config import SamplerName, UNetConfig
-from t2v_core.engine import Engine, Profile, RowBudgets, free_memory_bytes, measure
+from t2v_core.engine import Engine, Profile, RowBudgets, free_memory_bytes, measure, warm_up
 from t2v_core.shapes import LatentShape
 from t2v_core.weights.random_init import TINY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVERY_NUMBER_OF_ROWS = range(2, 34, 2)  # no graph is captured while a run is timed
 OVERHEAD_REPEATS = {1: 60, 8: 20}  # by videos
 
 
@@ -180,11 +181,11 @@ def _open(arguments: argparse.Namespace, model: Model | None, shapes: Sequence[L
         if results.setup != setup:
             raise SystemExit(f"{arguments.results}: is of {results.setup}, not of {setup}; use another file")
         if model is not None:
-            model.warm_up((m.shape, m.rows) for m in results.profile.measurements)
+            warm_up(model.unet, shapes, results.profile, NUM_TOKENS, EVERY_NUMBER_OF_ROWS)
         return results
     if model is not None:
-        model.warm_up((shape, rows) for shape in shapes for rows in (2, 16, 2))
         profile = measure(model.unet, shapes, NUM_TOKENS)
+        warm_up(model.unet, shapes, profile, NUM_TOKENS, EVERY_NUMBER_OF_ROWS)
         for m in profile.measurements:
             _say(f"{m.rows} rows of {tuple(m.shape)}: {m.step_s:.4f} s, {m.memory_bytes / 2**30:.2f} GiB")
     results = Results(setup=setup, profile=profile)

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from arrivals import ROWS_A_VIDEO, Job
@@ -48,17 +48,6 @@ class Model:
         return Denoising(
             trajectory, coefficients(sampler, self._schedule, num_steps), Conditioning(prompt, negative, 9.0)
         )
-
-    @torch.inference_mode()
-    def warm_up(self, sizes: Iterable[tuple[LatentShape, int]]) -> None:
-        """Call the UNet once for each shape and number of rows, so that nothing that is timed is the first to."""
-        for shape, rows in sizes:
-            videos = rows // ROWS_A_VIDEO
-            embeds = self._draw(rows, NUM_TOKENS, self.unet.config.cross_attention_dim, dtype=self.dtype)
-            timesteps = torch.full((videos,), 500.0, device=self.device)
-            of_row = torch.arange(videos, device=self.device).repeat(ROWS_A_VIDEO)
-            self.unet(self._draw(videos, *shape, dtype=self.dtype), timesteps, self.unet.read_text(embeds), of_row)
-        self.synchronize()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
