@@ -14,7 +14,7 @@ from t2v_core.engine.budgets import RowBudgets
 from t2v_core.engine.counters import Counters
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
 from t2v_core.engine.fit import check_fit
-from t2v_core.engine.launched import Launched, Outcome, mark, step_size
+from t2v_core.engine.launched import Launched, Outcome, mark
 from t2v_core.engine.preview import Previewer
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError
 from t2v_core.guidance import BatchConditioning, condition
@@ -163,8 +163,8 @@ class Engine:
         if not self._launched:
             return 0.0
         at_hand = self._launched[0]
-        shape, rows = step_size([outcome.entry for outcome in at_hand.outcomes])
-        step_s = self._step_s.get((shape, rows)) or self._budgets.step_s(shape, rows)
+        size = at_hand.shape, at_hand.rows
+        step_s = self._step_s.get(size) or self._budgets.step_s(*size)
         ends_s = max(at_hand.launched_s, self._settled_s) + step_s
         return max(0.0, ends_s - _LAUNCH_S - self.clock())
 
@@ -223,12 +223,11 @@ class Engine:
         return self._conditioning[1]
 
     def _keep(self, launched: Launched) -> None:
-        entries = tuple(outcome.entry for outcome in launched.outcomes)
-        for entry in set(self._batch) - set(entries):
+        for entry in set(self._batch) - set(launched.entries):
             slot = self._slots.get(entry.id)
             if slot is not None and slot.entry == entry and not slot.has_no_steps_left:
                 self._count(entry.id).set_aside += 1
-        self._batch = entries
+        self._batch = launched.entries
         for entry, denoising, _ in launched.outcomes:
             slot = self._slots[entry.id]
             slot.request = replace(slot.request, denoising=denoising)
@@ -242,10 +241,9 @@ class Engine:
         settled = launched.wait()
         now = self.clock()
         began_s, self._settled_s = max(launched.launched_s, self._settled_s), now
-        entries = [outcome.entry for outcome in launched.outcomes]
-        self._count_step(entries, now - began_s)
+        self._count_step(launched, now - began_s)
         if settled.device_s is not None:  # the clock would count pauses as well
-            self._step_s[step_size(entries)] = settled.device_s
+            self._step_s[launched.shape, launched.rows] = settled.device_s
         events: list[Event] = []
         for entry, trajectory, is_finite, preview in settled.rows:
             slot = self._slots.get(entry.id)
@@ -305,14 +303,14 @@ class Engine:
     def _count(self, request_id: str) -> Counters:
         return self.counters[self._slots[request_id].entry.group.shape]
 
-    def _count_step(self, entries: Sequence[Entry], seconds: float) -> None:
-        shape, rows = step_size(entries)
-        counters = self.counters[shape]
+    def _count_step(self, launched: Launched, seconds: float) -> None:
+        rows = launched.rows
+        counters = self.counters[launched.shape]
         counters.steps += 1
         counters.step_s += seconds
         counters.rows += rows
-        counters.budget_rows += max(rows, self._budgets.rows(entries[0].group, Demand(rows)))
-        self._budgets.succeeded(shape)
+        counters.budget_rows += max(rows, self._budgets.rows(launched.entries[0].group, Demand(rows)))
+        self._budgets.succeeded(launched.shape)
 
 
 def _apart(trajectory: Trajectory) -> Trajectory:

@@ -45,6 +45,9 @@ class Launched:
 
     def __init__(self, outcomes: Sequence[Outcome], start: torch.cuda.Event | None, launched_s: float) -> None:
         self.outcomes, self.launched_s = outcomes, launched_s
+        self.entries = tuple(outcome.entry for outcome in outcomes)
+        self.shape: LatentShape = self.entries[0].group.shape
+        self.rows = sum(entry.rows for entry in self.entries)
         latents = torch.stack([outcome.denoising.trajectory.latents for outcome in outcomes])
         self._are_finite = _to_cpu(latents.isfinite().flatten(1).all(dim=1))
         self._rows = [
@@ -73,11 +76,6 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def step_size(entries: Sequence[Entry]) -> tuple[LatentShape, int]:
-    """Of a step of these: the shape that they share, and all their rows."""
-    return entries[0].group.shape, sum(entry.rows for entry in entries)
 
 
 def _when_finished_on_cpu(trajectory: Trajectory) -> Trajectory:

@@ -41,3 +41,11 @@ def alone(tiny_pipeline_float64, prepared):
 @pytest.fixture(params=[False, True], ids=["step by step", "running ahead"])
 def engine(tiny_pipeline_float64, request):
     return Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), runs_ahead=request.param)
+
+
+@pytest.fixture
+def rows_of_each_call(tiny_pipeline_float64):
+    rows = []
+    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[3])))
+    yield rows
+    handle.remove()

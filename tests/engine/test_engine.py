@@ -38,14 +38,6 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture
-def rows_of_each_call(tiny_pipeline_float64):
-    rows = []
-    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[3])))
-    yield rows
-    handle.remove()
-
-
 def test_a_request_joining_midway_gets_the_video_it_gets_alone(engine, prepared, alone):
     engine.add(Request("a", prepared(seed=1, num_inference_steps=8)))
     for _ in range(3):

@@ -30,33 +30,25 @@ def ahead(tiny_pipeline_float64, clock):
     return Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), clock=clock, runs_ahead=True)
 
 
-@pytest.fixture
-def launched_rows(tiny_pipeline_float64):
-    rows = []
-    handle = tiny_pipeline_float64.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[3])))
-    yield rows
-    handle.remove()
-
-
 def steps_told(events):
     return [(event.id, event.step_index) for event in events if isinstance(event, Stepped)]
 
 
-def test_a_step_is_told_when_the_next_is_launched(ahead, prepared, launched_rows):
+def test_a_step_is_told_when_the_next_is_launched(ahead, prepared, rows_of_each_call):
     ahead.add(Request("a", prepared(num_inference_steps=3)))
     told = [steps_told(ahead.advance()) for _ in range(4)]
     assert told == [[], [("a", 1)], [("a", 2)], [("a", 3)]]
-    assert launched_rows == [2, 2, 2]
+    assert rows_of_each_call == [2, 2, 2]
     assert len(ahead) == 0
     assert ahead.advance() == []
 
 
-def test_one_that_comes_before_the_next_launch_is_in_it(ahead, prepared, launched_rows):
+def test_one_that_comes_before_the_next_launch_is_in_it(ahead, prepared, rows_of_each_call):
     ahead.add(Request("a", prepared(seed=1)))
     ahead.advance()
     ahead.add(Request("b", prepared(seed=2)))
     ahead.advance()
-    assert launched_rows == [2, 4]
+    assert rows_of_each_call == [2, 4]
 
 
 def test_what_is_not_finite_fails_once_though_its_next_step_was_launched(ahead, prepared, alone):
@@ -76,7 +68,7 @@ def test_what_is_not_finite_fails_once_though_its_next_step_was_launched(ahead, 
     assert not [event for event in events[events.index(failed) + 1 :] if event.id == "bad"]
 
 
-def test_nothing_is_told_of_a_request_that_left_while_its_step_ran(ahead, prepared, launched_rows):
+def test_nothing_is_told_of_a_request_that_left_while_its_step_ran(ahead, prepared, rows_of_each_call):
     ahead.add(Request("a", prepared(seed=1)))
     ahead.add(Request("b", prepared(seed=2)))
     ahead.advance()
@@ -84,7 +76,7 @@ def test_nothing_is_told_of_a_request_that_left_while_its_step_ran(ahead, prepar
     ahead.add(Request("a", prepared(seed=3)))  # another of the same name
     assert steps_told(ahead.advance()) == [("b", 1)]
     assert steps_told(ahead.advance()) == [("b", 2), ("a", 1)]
-    assert launched_rows == [4, 4, 4]
+    assert rows_of_each_call == [4, 4, 4]
 
 
 def test_one_that_only_waits_for_its_last_step_to_end_cannot_be_taken(ahead, prepared):

@@ -5,7 +5,6 @@ On several nodes, with PostgreSQL and S3, and while another version is deployed:
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
-from running import Running, config, ray_started, running, wait_for
+from running import Running, config, free_port, ray_started, running, wait_for
 
 pytestmark = pytest.mark.service
 
@@ -79,9 +78,7 @@ def _denoiser_cpu_s() -> dict[int, float]:
 @contextmanager
 def _served(file: Path):
     """`t2v serve` in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(port), "--config", str(file)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
