@@ -192,12 +192,10 @@ class Denoiser:
         shapes = [VideoShape(*size).latents() for size in dict.fromkeys(sizes)]
         began = time.monotonic()
         most_rows = _ROWS_A_VIDEO * (self._config.max_ongoing + self._config.urgent_reserve)
-        rows = [number for number in ROWS if number <= most_rows]
-        profile = known or measure(unet, shapes, rows=rows)
-        if known is not None:
-            warm_up(unet, shapes, known, rows=rows)
-        elif path is not None:
+        profile = known or measure(unet, shapes, rows=[number for number in ROWS if number <= most_rows])
+        if known is None and path is not None:
             profile.save(path)
+        warm_up(unet, shapes, profile, rows=range(_ROWS_A_VIDEO, most_rows + 1, _ROWS_A_VIDEO))
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
 

@@ -10,6 +10,7 @@ from t2v_core.guidance import BatchConditioning, Conditioning, predict_eps
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.samplers import Coefficients, update
 from t2v_core.trajectory import NoiseSource, Trajectory
+from t2v_core.transfers import to_device
 from t2v_core.unet3d import NoisePredictor
 
 
@@ -27,7 +28,8 @@ class Denoising:
 def denoise_step(unet: NoisePredictor, batch: Sequence[Denoising], conditioning: BatchConditioning) -> list[Denoising]:
     """Every request one step further. They share a latent shape and may differ in all else.
 
-    `conditioning` is made of the requests' own, in this order. Raises OutOfMemory.
+    `conditioning` is made of the requests' own, in this order. A GPU is only given its work: nothing here waits for it.
+    Raises OutOfMemory.
     """
     latents = torch.stack([request.trajectory.latents for request in batch])
     history = torch.stack([request.trajectory.history for request in batch])
@@ -35,8 +37,9 @@ def denoise_step(unet: NoisePredictor, batch: Sequence[Denoising], conditioning:
     timesteps = torch.stack([request.plan.timesteps[i] for request, i in zip(batch, steps, strict=True)])
     rows = torch.stack([request.plan.row(i) for request, i in zip(batch, steps, strict=True)])
 
-    eps = predict_eps(unet, latents, timesteps.to(latents.device, torch.float32), conditioning)
+    eps = predict_eps(unet, latents, to_device(timesteps, latents.device, torch.float32), conditioning)
     noise, noise_states = _draw_noise(batch, latents)  # a GPU is still at the prediction
+    rows = to_device(rows, latents.device, latents.dtype)
     latents, history = update(latents, eps, history, noise, rows)
     return [
         replace(request, trajectory=Trajectory(x, past, state, request.trajectory.num_steps, i + 1))
@@ -50,10 +53,9 @@ def _draw_noise(batch: Sequence[Denoising], latents: Tensor) -> tuple[Tensor | N
     drawing = [row for row, request in enumerate(batch) if request.plan.draws_noise(request.trajectory.step_index)]
     if not drawing:
         return None, states
-    # One copy for all, from pinned memory: any other would wait for the GPU before the next is drawn.
     noise = torch.zeros(latents.shape, pin_memory=latents.is_cuda)
     for row in drawing:
         source = NoiseSource(state=states[row])
         noise[row] = source.frames(batch[row].trajectory.shape)
         states[row] = source.state
-    return noise.to(latents, non_blocking=True), states
+    return to_device(noise, latents.device, latents.dtype), states

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from t2v_core.out_of_memory import out_of_memory_explained
+from t2v_core.transfers import to_device
 from t2v_core.unet3d import NoisePredictor, TextKeysValues
 
 
@@ -51,13 +52,14 @@ def condition(unet: NoisePredictor, conditionings: Sequence[Conditioning]) -> Ba
     negatives = [c.negative for c in conditionings if c.negative is not None]
     text_embeds = torch.stack([*(c.prompt for c in conditionings), *negatives])
     device = text_embeds.device
-    scales = [conditionings[request].guidance_scale for request in guided]
+    rows = torch.tensor([*range(len(conditionings)), *guided])
+    scales = torch.tensor([conditionings[request].guidance_scale for request in guided], dtype=torch.float64)
     return BatchConditioning(
         text=unet.read_text(text_embeds),
         dtype=text_embeds.dtype,
-        rows=torch.tensor([*range(len(conditionings)), *guided], device=device),
-        guided=torch.tensor(guided, dtype=torch.long, device=device),
-        scales=torch.tensor(scales, dtype=torch.float64, device=device).view(-1, 1, 1, 1, 1),
+        rows=to_device(rows, device),
+        guided=to_device(torch.tensor(guided, dtype=torch.long), device),
+        scales=to_device(scales, device).view(-1, 1, 1, 1, 1),
     )
 
 

@@ -11,6 +11,7 @@ from t2v_core.denoising import Denoising
 from t2v_core.engine.batching import Entry
 from t2v_core.shapes import LatentShape
 from t2v_core.trajectory import Trajectory
+from t2v_core.transfers import to_cpu
 
 
 class Outcome(NamedTuple):
@@ -49,9 +50,9 @@ class Launched:
         self.shape: LatentShape = self.entries[0].group.shape
         self.rows = sum(entry.rows for entry in self.entries)
         latents = torch.stack([outcome.denoising.trajectory.latents for outcome in outcomes])
-        self._are_finite = _to_cpu(latents.isfinite().flatten(1).all(dim=1))
+        self._are_finite = to_cpu(latents.isfinite().flatten(1).all(dim=1))
         self._rows = [
-            (entry, _when_finished_on_cpu(denoising.trajectory), None if preview is None else _to_cpu(preview))
+            (entry, _when_finished_on_cpu(denoising.trajectory), None if preview is None else to_cpu(preview))
             for entry, denoising, preview in outcomes
         ]
         self._start, self._end = start, mark(latents.device)
@@ -81,9 +82,4 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
 def _when_finished_on_cpu(trajectory: Trajectory) -> Trajectory:
     if not trajectory.is_finished:
         return trajectory
-    return replace(trajectory, latents=_to_cpu(trajectory.latents), history=_to_cpu(trajectory.history))
-
-
-def _to_cpu(x: Tensor) -> Tensor:
-    """A copy on the CPU; of a tensor of a GPU, only when that has come so far."""
-    return x.to("cpu", non_blocking=True, copy=True)
+    return replace(trajectory, latents=to_cpu(trajectory.latents), history=to_cpu(trajectory.history))

@@ -31,8 +31,8 @@ class FewFrames:
     def __call__(self, latents: Tensor) -> Tensor:
         last, number = latents.shape[1] - 1, min(self.num_frames, latents.shape[1])
         spread = torch.linspace(0, last, number) if number > 1 else torch.tensor([last / 2])
-        picked = spread.round().long()
-        few = latents[:, picked.to(latents.device)].to(next(self.autoencoder.parameters()))
+        few = torch.stack([latents[:, frame] for frame in spread.round().int().tolist()], dim=1)
+        few = few.to(next(self.autoencoder.parameters()))
         return _to_bytes(rearrange(torch.cat(list(self.autoencoder.decode_chunks(few))), "f c h w -> f h w c"))
 
 

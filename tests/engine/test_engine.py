@@ -502,7 +502,7 @@ def test_memory_that_runs_out_after_the_network_loses_nothing_either(engine, pre
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
         return x.clone()
 
-    monkeypatch.setattr("t2v_core.engine.launched._to_cpu", run_out_once)
+    monkeypatch.setattr("t2v_core.engine.launched.to_cpu", run_out_once)
     for seed in (1, 2):
         engine.add(Request(str(seed), prepared(seed=seed, sampler="euler_a")))
     events, latents = run_to_end(engine)
