@@ -72,7 +72,7 @@ def drive(system: System, clock: Clock, jobs: Sequence[Job], step_work_s: Callab
         worked = system.work()
         now = clock.now()
         run.busy_s += now - started_s
-        run.num_steps += 1
+        run.num_steps += bool(worked.stepped)
         run.num_rows += sum(job.rows for job in worked.stepped)
         work_s += sum(map(step_work_s, worked.stepped))
         if worked.answered:

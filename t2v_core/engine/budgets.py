@@ -1,4 +1,4 @@
-"""How many rows a step may have: the throughput knee of the shape, as far as memory allows."""
+"""How many rows a step may have: as many as throughput asks for, by how many wait, and as memory allows."""
 
 import torch
 
@@ -10,16 +10,17 @@ _RECOVERY_STEPS = 200
 _STEP_S_UNMEASURED = 0.03  # a row
 _MEMORY_SHARE = 0.9
 
-# Both were found by simulation of Poisson arrivals with an H200's step times (load_tests/planned.py).
-_BACKLOG = 1.5  # times the rows of best throughput: with so many waiting, throughput is what shortens the wait
+# These were found by simulation of Poisson arrivals with the step times of an H100 and an H200 (load_tests/planned.py).
+_LEAST_SHARE, _MOST_SHARE = 0.90, 0.99  # of the best throughput: while few wait, and while many do
+_MANY = 1.25  # times the rows of best throughput
 _URGENT_SLOWDOWN = 1.7  # how much longer riders may make a step of urgent requests
 
 
 class RowBudgets:
     """The budgets of one device. They shrink when memory runs out and grow back when it seems to be free again.
 
-    Usually it is the knee: nearly the best throughput, with fewer rows to wait for. Under a backlog it is the best, and
-    beside urgent requests only as much as does not slow them much.
+    While few requests wait, small steps end sooner for all and lose little throughput. The more wait, the more of it
+    a budget asks for. Beside urgent requests it is only as much as does not slow them much.
 
     Without a profile they are `unmeasured_rows`, by default those of one request with guidance, and urgent requests are
     alone: right on a CPU, where a larger batch saves nothing.
@@ -68,8 +69,8 @@ class RowBudgets:
     def _usual(self, shape: LatentShape, demanded_rows: int) -> int:
         if self._profile is None:
             return self._unmeasured_rows
-        best = self._profile.best_rows(shape)
-        rows = best if demanded_rows >= _BACKLOG * best else self._profile.knee(shape)
+        crowd = min(1.0, demanded_rows / (_MANY * self._profile.rows_for(shape)))
+        rows = self._profile.rows_for(shape, _LEAST_SHARE + (_MOST_SHARE - _LEAST_SHARE) * crowd)
         fitting = None if self._free_bytes is None else self._profile.rows_that_fit(shape, self._free_bytes)
         return rows if fitting is None else min(rows, fitting)
 

@@ -82,7 +82,7 @@ class Engine:
         self._unet, self._budgets, self._previewer = unet, budgets, previewer
         self._runs_ahead = next(unet.parameters()).is_cuda if runs_ahead is None else runs_ahead
         self._launched: deque[Launched] = deque()  # first the step that the device is at
-        self._settled_s = clock()
+        self._ended_s = clock()  # the last step that did
         self._step_s: dict[tuple[LatentShape, int], float] = {}  # of the last step of so many rows, as the device says
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
@@ -165,7 +165,7 @@ class Engine:
         at_hand = self._launched[0]
         size = at_hand.shape, at_hand.rows
         step_s = self._step_s.get(size) or self._budgets.step_s(*size)
-        ends_s = max(at_hand.launched_s, self._settled_s) + step_s
+        ends_s = max(at_hand.launched_s, self._ended_s) + step_s
         return max(0.0, ends_s - _LAUNCH_S - self.clock())
 
     def fail_all(self, error: T2VError) -> list[Event]:
@@ -239,11 +239,13 @@ class Engine:
             return []
         launched = self._launched.popleft()
         settled = launched.wait()
-        now = self.clock()
-        began_s, self._settled_s = max(launched.launched_s, self._settled_s), now
-        self._count_step(launched, now - began_s)
+        began_s, ended_s = max(launched.launched_s, self._ended_s), self.clock()
         if settled.device_s is not None:  # the clock would count pauses as well
             self._step_s[launched.shape, launched.rows] = settled.device_s
+            if settled.was_over:  # while the next was being launched: the device has been at that since then
+                ended_s = min(ended_s, began_s + settled.device_s)
+        self._ended_s = ended_s
+        self._count_step(launched, ended_s - began_s)
         events: list[Event] = []
         for entry, trajectory, is_finite, preview in settled.rows:
             slot = self._slots.get(entry.id)

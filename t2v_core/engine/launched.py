@@ -32,10 +32,14 @@ class SettledRow(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What came of a step. device_s is how long the device was at it; None where it does not say."""
+    """What came of a step.
+
+    device_s is how long the device was at it, None where it does not say; it was_over before anybody waited for it.
+    """
 
     rows: Sequence[SettledRow]
     device_s: float | None
+    was_over: bool
 
 
 class Launched:
@@ -59,15 +63,16 @@ class Launched:
 
     def wait(self) -> Settled:
         """Until the step has ended."""
-        device_s = None
+        device_s, was_over = None, False
         if self._start is not None and self._end is not None:
+            was_over = self._end.query()
             self._end.synchronize()
             device_s = self._start.elapsed_time(self._end) / 1000
         rows = [
             SettledRow(entry, trajectory, is_finite, preview)
             for (entry, trajectory, preview), is_finite in zip(self._rows, self._are_finite.tolist(), strict=True)
         ]
-        return Settled(rows, device_s)
+        return Settled(rows, device_s, was_over)
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:

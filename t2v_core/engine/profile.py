@@ -15,7 +15,6 @@ from t2v_core.shapes import LatentShape
 from t2v_core.unet3d import NoisePredictor
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-_KNEE = 0.95  # of the best throughput: more rows only make everybody wait longer
 _REPEATS = 3
 
 
@@ -44,13 +43,15 @@ class Profile(BaseModel):
     dtype: str
     measurements: tuple[Measurement, ...] = Field(min_length=1)
 
-    def knee(self, shape: LatentShape) -> int:
-        """The fewest rows that give nearly the best throughput. A shape that was not measured goes by its volume."""
-        return self._rows_of_throughput(shape, _KNEE)
+    def rows_for(self, shape: LatentShape, share: float = 1.0) -> int:
+        """The fewest rows that give this share of the best throughput.
 
-    def best_rows(self, shape: LatentShape) -> int:
-        """The rows that give the best throughput."""
-        return self._rows_of_throughput(shape, 1.0)
+        A shape that was not measured goes by its volume.
+        """
+        nearest = self._of_nearest(shape)
+        best = max(m.rows / m.step_s for m in nearest)
+        rows = next(m.rows for m in nearest if m.rows / m.step_s >= share * best)
+        return max(1, round(rows * volume(nearest[0].shape) / volume(shape)))
 
     def step_s(self, shape: LatentShape, rows: int) -> float:
         """Seconds of a step of so many rows: on the line between two measurements, or in proportion to the last."""
@@ -92,12 +93,6 @@ class Profile(BaseModel):
             raise InvalidProfile(f"{path}: is no profile ({reason}); measure it again") from error
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidProfile(f"{path}: cannot be read ({error}); measure it again") from error
-
-    def _rows_of_throughput(self, shape: LatentShape, share: float) -> int:
-        nearest = self._of_nearest(shape)
-        best = max(m.rows / m.step_s for m in nearest)
-        rows = next(m.rows for m in nearest if m.rows / m.step_s >= share * best)
-        return max(1, round(rows * volume(nearest[0].shape) / volume(shape)))
 
     def _of_nearest(self, shape: LatentShape) -> Sequence[Measurement]:
         """All of the shape whose volume is nearest in proportion, fewest rows first."""
@@ -158,7 +153,7 @@ def warm_up(
     """
     for shape in shapes:
         for number in rows:
-            if number <= profile.best_rows(shape):
+            if number <= profile.rows_for(shape):
                 _measure(unet, shape, number, num_tokens, repeats=0)
 
 

@@ -20,6 +20,42 @@ class Clock:
         return self.now_s
 
 
+class Device:
+    """A device whose steps all last as long, and that is idle where it is given none in time."""
+
+    def __init__(self, clock, *, step_s, launching_s):
+        self.idle_s = 0.0
+        self._clock, self._step_s, self._launching_s = clock, step_s, launching_s
+        self._ends_s = None
+
+    def mark_start(self, _):
+        now_s = self._clock()
+        if self._ends_s is not None:
+            self.idle_s += max(0.0, now_s - self._ends_s)
+        return Mark(self._clock, max(now_s, self._ends_s or now_s))
+
+    def mark_end(self, _):
+        self._ends_s = max(self._clock(), self._ends_s or 0.0) + self._step_s
+        self._clock.now_s += self._launching_s
+        return Mark(self._clock, self._ends_s)
+
+
+class Mark:
+    """When that device comes to a point in its queue, asked as torch's events are."""
+
+    def __init__(self, clock, at_s):
+        self._clock, self.at_s = clock, at_s
+
+    def query(self):
+        return self._clock() >= self.at_s
+
+    def synchronize(self):
+        self._clock.now_s = max(self._clock(), self.at_s)
+
+    def elapsed_time(self, later):
+        return 1000 * (later.at_s - self.at_s)
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -115,6 +151,24 @@ def test_pauses_do_not_make_longer_pauses(tiny_pipeline_float64, prepared, clock
         ahead.advance()
         clock.now_s += 0.01
     assert max(pauses) == pytest.approx(pauses[0])
+
+
+@pytest.mark.parametrize("launching_s", [0.001, 0.05], ids=["quickly", "slowly"])
+def test_the_device_is_never_idle_however_long_launching_takes(ahead, prepared, clock, monkeypatch, launching_s):
+    device = Device(clock, step_s=0.2, launching_s=launching_s)
+    monkeypatch.setattr("t2v_core.engine.engine.mark", device.mark_start)
+    monkeypatch.setattr("t2v_core.engine.launched.mark", device.mark_end)
+    request = prepared(num_inference_steps=9)
+    ahead.add(Request("a", request))
+    began_s, pauses = clock(), []
+    while len(ahead):
+        ahead.advance()
+        pauses.append(ahead.pause_s())
+        clock.now_s += pauses[-1]
+    assert sum(pauses) > 1.0  # nor is it given more than the next
+    assert device.idle_s == pytest.approx(0.0)
+    assert clock() - began_s == pytest.approx(9 * 0.2, abs=0.01)
+    assert ahead.counters[request.trajectory.shape].step_s == pytest.approx(9 * 0.2, abs=0.01)
 
 
 def test_steps_and_their_time_are_counted_as_they_end(ahead, prepared, clock):
