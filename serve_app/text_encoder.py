@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from functools import partial
 
 from ray import serve
 from torch import Tensor, inference_mode
@@ -30,7 +31,7 @@ class TextEncoder:
         checkpoint, device, dtype = place(model, revision, config)
         self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
         self._network = load_text_encoder(checkpoint, device, dtype)
-        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache: OrderedDict[bytes, asyncio.Task[Tensor]] = OrderedDict()  # also what is only being embedded
         self._cache_entries = config.cache_entries
         # Here and not as a decorator, since what it is given comes from the config.
         self._embed_batch = serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_s)(
@@ -49,15 +50,19 @@ class TextEncoder:
         return stages.conditioning_of(embeds, params)
 
     async def _embed(self, token_ids: Tensor) -> Tensor:
-        """(chunks, 77) -> (chunks * 77, d), from the cache if it is there."""
+        """(chunks, 77) -> (chunks * 77, d), from the cache if it is there; requests that come together share it too."""
         key = token_ids.numpy().tobytes()
         if key not in self._cache:
-            self._cache[key] = await self._embed_batch(token_ids)
+            task = self._cache[key] = asyncio.create_task(self._embed_batch(token_ids))
+            task.add_done_callback(partial(self._forget_failed, key))
+            while len(self._cache) > self._cache_entries:
+                self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        embeds = self._cache[key]
-        while len(self._cache) > self._cache_entries:
-            self._cache.popitem(last=False)
-        return embeds
+        return await asyncio.shield(self._cache[key])  # a request that is cancelled does not end it for the others
+
+    def _forget_failed(self, key: bytes, task: "asyncio.Task[Tensor]") -> None:
+        if (task.cancelled() or task.exception()) and self._cache.get(key) is task:
+            del self._cache[key]
 
     async def _embed_together(self, token_ids: list[Tensor]) -> list[Tensor]:
         return await asyncio.to_thread(self._run, token_ids)

@@ -65,7 +65,7 @@ class Launched:
         """Until the step has ended."""
         device_s, was_over = None, False
         if self._start is not None and self._end is not None:
-            was_over = self._end.query()
+            was_over = bool(self._end.query())  # type: ignore[no-untyped-call]
             self._end.synchronize()
             device_s = self._start.elapsed_time(self._end) / 1000
         rows = [
