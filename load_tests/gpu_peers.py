@@ -70,7 +70,7 @@ class Work(Protocol):
 class UNetStep:
     """eps of every row, prompts then negative prompts. Each system is given all that does not change between steps."""
 
-    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs")
+    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8")
 
     def __init__(self, config: ModelConfig, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self._config, self._weights = config, _random_weights(UNet3D, config.unet, device, dtype)
@@ -84,14 +84,14 @@ class UNetStep:
 
     def build(self, system: str) -> Any:
         if system.startswith("t2v"):
-            return _our_network(UNet3D, self._config.unet, self._weights)
+            return _our_network(UNet3D, self._config.unet, self._weights, fp8=system == "t2v+fp8")
         return self._diffusers(self._weights)
 
     def bind(self, system: str, network: Any) -> Call:
         rows, timesteps = self._rows, self._timesteps
         if system.startswith("t2v"):
             text = network.read_text(self._text_embeds)
-            unet = GraphedUNet(network) if system == "t2v+graphs" else network
+            unet = network if system == "t2v" else GraphedUNet(network)
             return lambda latents: unet(latents, timesteps, text, rows)
         if system == "diffusers+compile":
             network = torch.compile(network, dynamic=False)
@@ -183,12 +183,12 @@ def _random_weights(network: type[nn.Module], config: object, device: torch.devi
     return {name: tensor.contiguous() for name, tensor in built.to(dtype).state_dict().items()}
 
 
-def _our_network(network: type[nn.Module], config: object, weights: Weights) -> Any:
+def _our_network(network: type[nn.Module], config: object, weights: Weights, *, fp8: bool = False) -> Any:
     with torch.device("meta"):
         built = network(config)
     # Copies, since they are prepared in place.
     built.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
-    return prepare(built.requires_grad_(False).eval())
+    return prepare(built, fp8=fp8)
 
 
 def _diffusers_network(class_name: str, path: str, config: ModelConfig, weights: Weights) -> Any:

@@ -10,9 +10,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from t2v_core.config import Precision
 from t2v_core.errors import InvalidRequest
 
-Precision = Literal["fp32", "bf16", "fp16"]
+DType = Literal["fp32", "bf16", "fp16"]
 # Serve gives a deployment up whose replicas fail to start three times: one that waits for its database does not.
 DATABASE_PATIENCE_S = 300.0
 _MIN_SECRET = 16
@@ -54,7 +55,7 @@ class Scaling(Placement):
     max_ongoing: int = Field(default=8, ge=1)
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: int | None = Field(default=None, ge=0)
-    dtype: Precision | None = None
+    dtype: DType | None = None
     upscale_delay_s: float = Field(default=2.0, ge=0)
     downscale_delay_s: float = Field(default=60.0, ge=0)
 
@@ -82,6 +83,7 @@ class DenoiserConfig(Scaling):
 
     The reserve is of a fixed number of replicas: where they are scaled, an urgent video is only the first in line.
 
+    `precision`: "fp8" is faster on Hopper GPUs, and not quite exact (docs/performance.md says how much of both).
     `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU. `warm_up`:
     sizes, (num_frames, height, width), of which no request shall be the first; the model's own is always among them.
     `hand_back_s`: so long before its node goes, where that is announced, a denoiser hands its videos to the others.
@@ -92,6 +94,7 @@ class DenoiserConfig(Scaling):
     num_cpus: float = Field(default=1.0, ge=0)
     max_surge_percent: int = Field(default=0, ge=0, le=100)
     num_threads: int | None = Field(default=0, ge=0)
+    precision: Precision = "exact"
     profile: Path | None = None
     warm_up: tuple[tuple[Frames, Side, Side], ...] = ()
     checkpoint_every_s: Seconds = 5.0

@@ -51,6 +51,7 @@ from t2v_core.errors import UnreadableTrajectory
 from t2v_core.graphs import replay_decoder, replayed_unet
 from t2v_core.guidance import Conditioning
 from t2v_core.pictures import encode_spritesheet
+from t2v_core.pipeline import check_precision
 from t2v_core.schedule import Schedule
 from t2v_core.shapes import VideoShape
 from t2v_core.trajectory import Trajectory
@@ -97,7 +98,9 @@ class Denoiser:
         log_through_serve()
         self._config, self._metrics = config, Metrics()
         weights, self._device, self._dtype = place(model, revision, config)
-        unet = replayed_unet(load_unet(weights, self._device, self._dtype))
+        check_precision(config.precision, self._dtype, self._device)
+        fp8 = config.precision == "fp8"
+        unet = replayed_unet(load_unet(weights, self._device, self._dtype, fp8=fp8))
         self._schedule = Schedule(weights.config.schedule)
         autoencoder = replay_decoder(load_autoencoder(weights, self._device, self._dtype))
         previewer = FewFrames(autoencoder, num_frames=1)  # all videos wait while it is decoded

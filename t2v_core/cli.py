@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from t2v_core.config import GenerationDefaults, ModelConfig, SamplerName
+from t2v_core.config import GenerationDefaults, ModelConfig, Precision, SamplerName
 from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
 from t2v_core.media import VideoFormat, check_encoding, video_format_of
 from t2v_core.params import GenerationParams, Settings, resolve
@@ -27,7 +27,7 @@ from t2v_core.weights import DEMO, open_checkpoint
 from t2v_core.weights import convert as convert_checkpoint
 from t2v_core.weights.random_init import TINY, write_random_checkpoint
 
-Precision = Literal["fp32", "bf16", "fp16"]
+DType = Literal["fp32", "bf16", "fp16"]
 _CANCELLED = 130  # what shells expect of a program that Ctrl-C ended
 
 app = typer.Typer(
@@ -60,7 +60,8 @@ def generate(
     format: Annotated[VideoFormat | None, typer.Option(help="If the output's name does not say it.")] = None,
     crf: Annotated[int | None, typer.Option(help="Quality of mp4 and webm: lower is better and larger.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="fp16 on a GPU and fp32 on a CPU, unless given.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="fp16 on a GPU and fp32 on a CPU, unless given.")] = None,
+    precision: Annotated[Precision, typer.Option(help="fp8: faster on a Hopper GPU, not quite exact.")] = "exact",
 ) -> None:
     """Make a video of what PROMPT says."""
     console = _console()
@@ -83,7 +84,7 @@ def generate(
         }
         _check_before_loading(prompt, settings, input_video, crf)
         console.print(f"Loading {model}", soft_wrap=True, highlight=False)
-        pipeline = load(model, revision=revision, device=device, dtype=dtype)
+        pipeline = load(model, revision=revision, device=device, dtype=dtype, precision=precision)
         params = pipeline.params(prompt, video=input_video, **settings)
         started = time.monotonic()
         video = _generate(console, pipeline, params)
@@ -108,7 +109,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="demo, a folder, or a Hugging Face id, in either layout.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the source on the hub.")] = None,
-    dtype: Annotated[Precision, typer.Option(help="fp16 halves the size of the files.")] = "fp32",
+    dtype: Annotated[DType, typer.Option(help="fp16 halves the size of the files.")] = "fp32",
 ) -> None:
     """Write a checkpoint in the diffusers layout, as safetensors."""
     console = _console()
@@ -123,7 +124,7 @@ def convert(
 def random_checkpoint(
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     size: Annotated[Literal["tiny", "full"], typer.Option(help="full is as large as the released model.")] = "tiny",
-    dtype: Annotated[Precision, typer.Option()] = "fp32",
+    dtype: Annotated[DType, typer.Option()] = "fp32",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a checkpoint of random weights, to try or to measure without a download. Its videos show nothing."""

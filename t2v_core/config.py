@@ -6,6 +6,8 @@ The default values are those of ModelScope's 1.7 B model.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+# Of the UNet's products: as they are, or those after a norm by numbers of 8 bits (see `kernels.fp8`), not quite exact.
+Precision = Literal["exact", "fp8"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_3m", "unipc"]
 SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from t2v_core.guidance import BatchConditioning, Conditioning, predict_eps
@@ -53,9 +54,13 @@ def _draw_noise(batch: Sequence[Denoising], latents: Tensor) -> tuple[Tensor | N
     drawing = [row for row, request in enumerate(batch) if request.plan.draws_noise(request.trajectory.step_index)]
     if not drawing:
         return None, states
-    noise = torch.zeros(latents.shape, pin_memory=latents.is_cuda)
-    for row in drawing:
-        source = NoiseSource(state=states[row])
-        noise[row] = source.frames(batch[row].trajectory.shape)
-        states[row] = source.state
-    return to_device(noise, latents.device, latents.dtype), states
+    b, c, f, h, w = latents.shape
+    frames = torch.empty(b, f, c, h, w, pin_memory=latents.is_cuda)
+    for row, of_row in enumerate(frames):
+        if row in drawing:
+            source = NoiseSource(state=states[row])
+            source.fill(of_row)
+            states[row] = source.state
+        else:
+            of_row.zero_()  # nothing times what happens to be there may be no number
+    return rearrange(to_device(frames, latents.device, latents.dtype), "b f c h w -> b c f h w"), states

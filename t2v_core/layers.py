@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from t2v_core import kernels
 from t2v_core.kernels import (
     add,
     add_group_norm,
@@ -24,8 +25,10 @@ from t2v_core.kernels import (
     group_norm,
     join_quarters,
     layer_norm,
+    linear,
     temporal_attention,
 )
+from t2v_core.kernels.fp8 import FP8, dtype_for, quantised
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -46,15 +49,21 @@ def total(x: Tensor | Sum) -> Tensor:
     return add(*x) if isinstance(x, Sum) else x
 
 
-def summed_and_normed(x: Tensor | Sum, norm: nn.GroupNorm, *, over_frames: bool, silu: bool) -> tuple[Tensor, Tensor]:
-    """The sum, if it is one, and the norm of it."""
+def summed_and_normed(
+    x: Tensor | Sum, norm: nn.GroupNorm, *, over_frames: bool, silu: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum, if it is one, and the norm of it, of a type of its own if one is given."""
     if isinstance(x, Sum):
-        return add_group_norm(*x, norm, over_frames=over_frames, silu=silu)
-    return x, group_norm(x, norm, over_frames=over_frames, silu=silu)
+        return add_group_norm(*x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+    return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
 def conv_frames(x: Tensor, conv: nn.Conv2d, *, bias: bool = True) -> Tensor:
     """A convolution of every frame, (b, f, h, w, c); without its bias, where what follows adds that."""
+    if conv.weight.dtype == FP8:
+        assert conv.bias is not None
+        assert not bias
+        return kernels.conv_frames(x, conv.weight, conv.bias.dtype)
     frames = rearrange(x, "b f h w c -> (b f) c h w")
     out = F.conv2d(frames, conv.weight, conv.bias if bias else None, conv.stride, conv.padding)
     return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
@@ -104,21 +113,27 @@ class ResnetBlock(nn.Module):
         """Add up the biases of both branches."""
         self.offset = self._offset().detach()
 
+    def quantise(self) -> None:
+        """Let both convolutions have fp8."""
+        _quantise(self.conv1, self.conv2)
+
     def forward(self, x: Tensor | Sum, skip: Tensor | None = None, time: Tensor | None = None) -> Sum:
         """x: (b, f, h, w, c), skip: more channels of the input, (b, f, h, w, c2) -> (b, f, h, w, out_channels).
 
         time: (b, out_channels), what the time embedding adds after the first convolution, that one's bias included.
         """
+        dtype = dtype_for(self.conv1.weight)
         if skip is None:
-            x, residual = summed_and_normed(x, self.norm1, over_frames=False, silu=True)
+            x, residual = summed_and_normed(x, self.norm1, over_frames=False, silu=True, dtype=dtype)
         else:
             x = total(x)
-            residual = group_norm(x, self.norm1, over_frames=False, silu=True, skip=skip)
+            residual = group_norm(x, self.norm1, over_frames=False, silu=True, skip=skip, dtype=dtype)
         residual = conv_frames(residual, self.conv1, bias=False)
         if time is None:
             assert self.conv1.bias is not None
             time = self.conv1.bias[None]
-        residual = group_norm(residual, self.norm2, over_frames=False, silu=True, offset=time)
+        dtype = dtype_for(self.conv2.weight)
+        residual = group_norm(residual, self.norm2, over_frames=False, silu=True, offset=time, dtype=dtype)
         residual = conv_frames(residual, self.conv2, bias=False)
         return Sum(self._shortcut(x, skip), residual, self._offset() if self.offset is None else self.offset)
 
@@ -160,15 +175,25 @@ class TemporalConvLayer(nn.Module):
     def forward(self, x: Tensor | Sum) -> Sum:
         """x: (b, f, h, w, c), same shape out."""
         norm, _, conv = _parts(self.conv1)
-        x, residual = summed_and_normed(x, norm, over_frames=True, silu=True)
-        residual = conv_over_time(residual, conv.weight)
+        x, residual = summed_and_normed(x, norm, over_frames=True, silu=True, dtype=dtype_for(conv.weight))
+        residual = conv_over_time(residual, conv.weight, x.dtype)
         for layer in (self.conv2, self.conv3, self.conv4):
             assert conv.bias is not None
             offset = conv.bias[None]
             norm, drop, conv = _parts(layer)
-            residual = group_norm(residual, norm, over_frames=True, silu=True, offset=offset)
-            residual = conv_over_time(drop(residual), conv.weight)
+            dtype = dtype_for(conv.weight)
+            residual = group_norm(residual, norm, over_frames=True, silu=True, offset=offset, dtype=dtype)
+            residual = conv_over_time(drop(residual), conv.weight, x.dtype)
         return Sum(x, residual, conv.bias)
+
+    def quantise(self) -> None:
+        """Let all of them have fp8."""
+        _quantise(*(_parts(layer)[2] for layer in (self.conv1, self.conv2, self.conv3, self.conv4)))
+
+
+def _quantise(*layers: nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
+    for layer in layers:
+        layer.weight = nn.Parameter(quantised(layer.weight), requires_grad=False)
 
 
 def _parts(layer: nn.Sequential) -> tuple[nn.GroupNorm, nn.Module, nn.Conv3d]:
@@ -189,7 +214,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         inner_dim = heads * head_dim
-        self.heads = heads
+        self.heads, self._has_context = heads, context_dim is not None
         self.to_q = nn.Linear(dim, inner_dim, bias=False)
         self.to_k = nn.Linear(context_dim or dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim or dim, inner_dim, bias=False)
@@ -203,11 +228,25 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         """Lay the three projections of one input side by side, for one product. Their names stay, as parts of it."""
-        if self.to_q.in_features == self.to_k.in_features:
+        if not self._has_context:
             projections = self.to_q, self.to_k, self.to_v
             self.fused = torch.cat([projection.weight.detach() for projection in projections])
             for projection, part in zip(projections, self.fused.chunk(3), strict=True):
                 projection.weight = nn.Parameter(part, requires_grad=False)
+
+    def quantise(self) -> None:
+        """Let the projections of x have fp8: of a context, there are too few for it to matter."""
+        if self.fused is None:
+            _quantise(self.to_q)
+            return
+        self.fused = quantised(self.fused)
+        for projection, part in zip((self.to_q, self.to_k, self.to_v), self.fused.chunk(3), strict=True):
+            projection.weight = nn.Parameter(part, requires_grad=False)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the input has to be: see `fp8.dtype_for`."""
+        return dtype_for(self.to_q.weight)
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """What queries find in a context, (b, m, d): two of (b, heads, m, c)."""
@@ -229,7 +268,9 @@ class Attention(nn.Module):
     def to_text(self, x: Tensor, text: KeysValues) -> Tensor:
         """Each pixel of each frame to the tokens of its text, which they share. x: (b, f, h, w, c), same shape out."""
         _, f, h, _, _ = x.shape
-        queries = rearrange(self.to_q(x), "b f h w (heads c) -> b heads (f h w) c", heads=self.heads)
+        queries = rearrange(
+            self._project(x, self.to_q.weight), "b f h w (heads c) -> b heads (f h w) c", heads=self.heads
+        )
         attended = F.scaled_dot_product_attention(queries, *text)
         return self._out(rearrange(attended, "b heads (f h w) c -> b f h w (heads c)", f=f, h=h))
 
@@ -244,8 +285,11 @@ class Attention(nn.Module):
 
     def _qkv(self, x: Tensor) -> Tensor:
         if self.fused is not None:
-            return F.linear(x, self.fused)
-        return F.linear(x, torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
+            return self._project(x, self.fused)
+        return self._project(x, torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
+
+    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, self._last.weight.dtype)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads)
@@ -307,16 +351,16 @@ class TransformerBlock(nn.Module):
 
         Returns what `feed_forward` takes: the residual stream, and what the last attention adds to it.
         """
-        attended = self.attn1.over_pixels(layer_norm(x, self.norm1, biases.before))
-        x, queries = add_layer_norm(x, attended, biases.after_attention, self.norm2)
+        attended = self.attn1.over_pixels(layer_norm(x, self.norm1, biases.before, self.attn1.dtype))
+        x, queries = add_layer_norm(x, attended, biases.after_attention, self.norm2, dtype=self.attn2.dtype)
         if rows is not None:
             x, queries = x[rows], queries[rows]
         return x, self.attn2.to_text(queries, text)
 
     def over_frames(self, x: Tensor, biases: "_Biases") -> tuple[Tensor, Tensor]:
         """Each frame of a pixel to the others, twice. x: (b, f, h, w, c). Returns as `over_pixels`."""
-        attended = self.attn1.over_frames(layer_norm(x, self.norm1, biases.before))
-        x, y = add_layer_norm(x, attended, biases.after_attention, self.norm2)
+        attended = self.attn1.over_frames(layer_norm(x, self.norm1, biases.before, self.attn1.dtype))
+        x, y = add_layer_norm(x, attended, biases.after_attention, self.norm2, dtype=self.attn2.dtype)
         return x, self.attn2.over_frames(y)
 
     def feed_forward(self, x: Tensor, attended: Tensor, proj_out: "OutProjection") -> tuple[Tensor, Tensor]:
@@ -329,10 +373,11 @@ class TransformerBlock(nn.Module):
             return F.linear(x + self.ff(y), proj_out.weight), proj_out.bias
         # Two linear layers without anything between them are one, of both parts of the sum beside each other.
         c = x.shape[-1]
-        both = x.new_empty(*x.shape[:-1], c + self.ff.last.in_features)
-        _, y = add_layer_norm(x, attended, self.attn2.bias, self.norm3, out=both[..., :c])
+        both = x.new_empty(*x.shape[:-1], c + self.ff.last.in_features, dtype=dtype_for(proj_out.fused))
+        dtype = dtype_for(self.ff.gate.proj.weight)
+        _, y = add_layer_norm(x, attended, self.attn2.bias, self.norm3, out=both[..., :c], dtype=dtype)
         self.ff.gate(y, out=both[..., c:])
-        return F.linear(both, proj_out.fused), proj_out.fused_bias
+        return linear(both, proj_out.fused, x.dtype), proj_out.fused_bias
 
 
 class OutProjection(nn.Linear):
@@ -390,6 +435,12 @@ class _Transformer(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """The input of the block, without a bias. x: (..., c) -> (..., heads head_dim)."""
         return F.linear(x, self.proj_in.weight)
+
+    def quantise(self) -> None:
+        """Let the feed-forward have fp8, after `fuse`. The projection before the block gains little, and errs most."""
+        assert self.proj_out.fused is not None
+        self.proj_out.fused = quantised(self.proj_out.fused)
+        _quantise(self.block.ff.gate.proj)
 
     def fuse(self) -> None:
         """Make the last two layers one, and add up biases."""

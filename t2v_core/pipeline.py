@@ -3,18 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from t2v_core import stages
 from t2v_core.autoencoder import Autoencoder
-from t2v_core.config import GenerationDefaults
+from t2v_core.config import GenerationDefaults, Precision
 from t2v_core.denoising import Denoising, denoise_step
 from t2v_core.errors import InvalidRequest
 from t2v_core.graphs import replay_decoder, replayed_unet
 from t2v_core.guidance import Conditioning, condition
+from t2v_core.kernels.ops import HOPPER
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.params import GenerationParams, InputVideo, Settings, resolve
 from t2v_core.samplers import Coefficients
@@ -116,22 +117,25 @@ def load(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    precision: Precision = "exact",
 ) -> Pipeline:
     """A checkpoint ready to generate: "demo", a folder or a hub id, in the diffusers or the ModelScope layout.
 
     "demo" comes with this package and draws coloured shapes that move; for a folder of that name, say "./demo".
     `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in fp16
-    there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own.
+    there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own. With the
+    precision "fp8", products after a norm are of 8-bit numbers: faster on a Hopper GPU, and the same on a CPU to try.
     Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used.
     """
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)
+    check_precision(precision, torch_dtype, torch_device)
     checkpoint = open_checkpoint(model, revision=revision, half=torch_dtype == torch.float16)
     return Pipeline(
         name=public_name(model),
         tokenizer=Tokenizer(checkpoint.config.text_encoder.context_length),
         text_encoder=load_text_encoder(checkpoint, torch_device, torch_dtype),
-        unet=replayed_unet(load_unet(checkpoint, torch_device, torch_dtype)),
+        unet=replayed_unet(load_unet(checkpoint, torch_device, torch_dtype, fp8=precision == "fp8")),
         autoencoder=replay_decoder(load_autoencoder(checkpoint, torch_device, torch_dtype)),
         schedule=Schedule(checkpoint.config.schedule),
         defaults=checkpoint.config.defaults,
@@ -161,3 +165,20 @@ def dtype_of(name: str | torch.dtype | None, device: torch.device) -> torch.dtyp
     if dtype is None or dtype not in DTYPES.values():
         raise InvalidRequest(f"dtype {name}: must be one of {', '.join(DTYPES)}", param="dtype")
     return dtype
+
+
+def check_precision(precision: Precision, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises InvalidRequest where a precision cannot be had."""
+    if precision not in get_args(Precision):
+        raise InvalidRequest(
+            f"precision {precision}: must be one of {', '.join(get_args(Precision))}", param="precision"
+        )
+    if precision == "exact" or device.type == "cpu":
+        return
+    if torch.cuda.get_device_capability(device) < HOPPER:
+        name = torch.cuda.get_device_name(device)
+        raise InvalidRequest(
+            f"precision fp8: needs a Hopper GPU or a later one, not {name}; use exact", param="precision"
+        )
+    if dtype == torch.float32:
+        raise InvalidRequest("precision fp8: goes with fp16 or bf16, not with fp32; leave dtype out", param="precision")

@@ -39,7 +39,11 @@ class NoiseSource:
     def frames(self, shape: LatentShape) -> Tensor:
         """Noise drawn frame by frame, the order in which diffusers draws all but the first: (c, f, h, w)."""
         c, f, h, w = shape
-        return rearrange(torch.randn((f, c, h, w), generator=self._generator), "f c h w -> c f h w")
+        return rearrange(self.fill(torch.empty(f, c, h, w)), "f c h w -> c f h w")
+
+    def fill(self, frames: Tensor) -> Tensor:
+        """The same noise, written where it is wanted. frames: (f, c, h, w), float32, on the CPU."""
+        return torch.randn(frames.shape, generator=self._generator, out=frames)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,11 +9,12 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from t2v_core.config import Precision
 from t2v_core.demo.captions import random_caption
 from t2v_core.demo.measuring import Seen, look_at
 from t2v_core.demo.scenes import Scene, held_out_scenes
@@ -61,6 +62,7 @@ def check(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=DEMO, help="demo, a folder, or a Hugging Face id")
+    parser.add_argument("--precision", choices=get_args(Precision), default="exact")
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of scenes and words")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first 48 videos, four frames of each")
@@ -71,8 +73,9 @@ def main() -> None:
         parser.error(f"--sheet {arguments.sheet}: there is no folder {arguments.sheet.parent}; create it first")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     scenes = held_out_scenes(arguments.num_prompts, arguments.seed)
+    pipeline = load(arguments.model, precision=arguments.precision)
     counts, shown = Counter[str](), list[Tensor]()
-    for number, checked in enumerate(check(load(arguments.model), scenes, arguments.seed), start=1):
+    for number, checked in enumerate(check(pipeline, scenes, arguments.seed), start=1):
         counts.update(name for name, is_right in checked.right.items() if is_right)
         if len(shown) < _MAX_SHOWN:
             picked = torch.linspace(0, len(checked.frames) - 1, _FRAMES_SHOWN).round().long()

@@ -7,11 +7,14 @@ from t2v_core.kernels.ops import (
     add,
     add_group_norm,
     add_layer_norm,
+    conv_frames,
     conv_over_time,
     geglu,
     group_norm,
     join_quarters,
     layer_norm,
+    linear,
+    sampler_update,
     temporal_attention,
 )
 
@@ -19,10 +22,13 @@ __all__ = [
     "add",
     "add_group_norm",
     "add_layer_norm",
+    "conv_frames",
     "conv_over_time",
     "geglu",
     "group_norm",
     "join_quarters",
     "layer_norm",
+    "linear",
+    "sampler_update",
     "temporal_attention",
 ]

@@ -1,15 +1,19 @@
 """Each operation by Triton on a GPU, and in plain PyTorch where that cannot be."""
 
 import importlib.util
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v_core.kernels import plain
+from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
-_HOPPER = (9, 0)  # the first with a copy engine for boxes of tensors
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HOPPER = (9, 0)  # compute capability of the first with a copy engine for boxes of tensors
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, FP8)
+_SCALED_PRODUCT_SIZES = 16  # whose multiples torch's product in fp8 takes
 
 
 def group_norm(
@@ -20,44 +24,57 @@ def group_norm(
     silu: bool,
     offset: Tensor | None = None,
     skip: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `plain.group_norm`, in one read and one write where a group fits into a processor, and in two reads else."""
     if not _runs_triton(x):
-        return plain.group_norm(x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip)
+        return plain.group_norm(x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype)
     from t2v_core.kernels import triton_group_norm as fast
 
-    return fast.group_norm(x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip)
+    return fast.group_norm(x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype)
 
 
 def add_group_norm(
-    x: Tensor, delta: Tensor, offset: Tensor | None, norm: nn.GroupNorm, *, over_frames: bool, silu: bool
+    x: Tensor,
+    delta: Tensor,
+    offset: Tensor | None,
+    norm: nn.GroupNorm,
+    *,
+    over_frames: bool,
+    silu: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `plain.add_group_norm`, with the sum read once less."""
     if not _runs_triton(x):
-        return plain.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu)
+        return plain.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
     from t2v_core.kernels import triton_group_norm as fast
 
-    return fast.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu)
+    return fast.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor) -> Tensor:
+def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `plain.layer_norm`."""
     if not _runs_triton(x):
-        return plain.layer_norm(x, norm, offset)
+        return plain.layer_norm(x, norm, offset, dtype)
     from t2v_core.kernels import triton_rows as fast
 
-    return fast.layer_norm(x, norm, offset)
+    return fast.layer_norm(x, norm, offset, dtype)
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, offset: Tensor, norm: nn.LayerNorm, out: Tensor | None = None
+    x: Tensor,
+    delta: Tensor,
+    offset: Tensor,
+    norm: nn.LayerNorm,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `plain.add_layer_norm`, with the sum read no second time."""
     if not _runs_triton(x):
-        return plain.add_layer_norm(x, delta, offset, norm, out)
+        return plain.add_layer_norm(x, delta, offset, norm, out, dtype)
     from t2v_core.kernels import triton_rows as fast
 
-    return fast.add_layer_norm(x, delta, offset, norm, out)
+    return fast.add_layer_norm(x, delta, offset, norm, out, dtype)
 
 
 def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
@@ -78,22 +95,43 @@ def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
     return fast.add(x, delta, offset)
 
 
-def conv_over_time(x: Tensor, weight: Tensor) -> Tensor:
-    """As `plain.conv_over_time`, where a kernel of our own is faster than the library's."""
-    if not _runs_triton(x) or torch.cuda.get_device_capability(x.device) < _HOPPER:
-        return plain.conv_over_time(x, weight)
-    from t2v_core.kernels import triton_conv_over_time as fast
+def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain.conv_frames`."""
+    if not _has_copy_engine(x):
+        return plain.conv_frames(x, weight, dtype)
+    from t2v_core.kernels import triton_conv as fast
 
-    return fast.conv_over_time(x, weight) if fast.pays(x, weight) else plain.conv_over_time(x, weight)
+    return fast.conv_frames(x, weight, dtype) if fast.fits(x, weight) else plain.conv_frames(x, weight, dtype)
+
+
+def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As `plain.conv_over_time`, where a kernel of our own is faster than the library's."""
+    if not _has_copy_engine(x):
+        return plain.conv_over_time(x, weight, dtype)
+    from t2v_core.kernels import triton_conv as fast
+
+    return fast.conv_over_time(x, weight, dtype) if fast.pays(x, weight) else plain.conv_over_time(x, weight, dtype)
 
 
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """As `plain.geglu`, with the gate applied before anything is written."""
-    if not _runs_triton(x) or torch.cuda.get_device_capability(x.device) < _HOPPER:
+    if not _has_copy_engine(x):
         return plain.geglu(x, proj, out)
     from t2v_core.kernels import triton_geglu as fast
 
     return fast.geglu(x, proj, out) if fast.fits(x, proj) else plain.geglu(x, proj, out)
+
+
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain.linear`."""
+    if weight.dtype != FP8:
+        return F.linear(x, weight)
+    if not _has_copy_engine(x) or any(size % _SCALED_PRODUCT_SIZES for size in weight.shape):
+        return plain.linear(x, weight, dtype)
+    one, scale = _scalar(1.0, x.device), _scalar(1.0 / WEIGHT_SCALE, x.device)
+    rows = x.flatten(0, -2)
+    out = torch._scaled_mm(rows, weight.t(), one, scale, out_dtype=dtype, use_fast_accum=True)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
@@ -105,5 +143,25 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     return fast.temporal_attention(qkv, heads) if fast.fits(qkv, heads) else plain.temporal_attention(qkv, heads)
 
 
+def sampler_update(
+    latents: Tensor, eps: Tensor, history: Tensor, noise: Tensor | None, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `plain.sampler_update`, at once."""
+    if not _runs_triton(latents):
+        return plain.sampler_update(latents, eps, history, noise, rows)
+    from t2v_core.kernels import triton_sampler as fast
+
+    return fast.sampler_update(latents, eps, history, noise, rows)
+
+
 def _runs_triton(x: Tensor) -> bool:
     return x.is_cuda and _IS_INSTALLED and x.dtype in _DTYPES and not torch.is_grad_enabled()
+
+
+def _has_copy_engine(x: Tensor) -> bool:
+    return _runs_triton(x) and torch.cuda.get_device_capability(x.device) >= HOPPER
+
+
+@cache
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device)

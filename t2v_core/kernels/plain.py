@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE, to_fp8
+
 
 def group_norm(
     x: Tensor,
@@ -14,10 +16,11 @@ def group_norm(
     silu: bool,
     offset: Tensor | None = None,
     skip: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """GroupNorm (Wu and He 2018) of x + offset or, with a skip connection, of x and it side by side; then SiLU.
 
-    x: (b, f, h, w, c), skip: (b, f, h, w, c2), offset: (b or 1, c) -> (b, f, h, w, c + c2).
+    x: (b, f, h, w, c), skip: (b, f, h, w, c2), offset: (b or 1, c) -> (b, f, h, w, c + c2), of x's type or `dtype`.
     Statistics are of each frame or, with `over_frames`, of all frames together.
     """
     if offset is not None:
@@ -27,31 +30,43 @@ def group_norm(
     split, merged = ("b c f h w", "b f h w c") if over_frames else ("(b f) c h w", "b f h w c")
     y = norm(rearrange(x, f"{merged} -> {split}"))
     y = rearrange(y, f"{split} -> {merged}", b=len(x)).contiguous()
-    return F.silu(y) if silu else y
+    return _as(F.silu(y) if silu else y, dtype)
 
 
 def add_group_norm(
-    x: Tensor, delta: Tensor, offset: Tensor | None, norm: nn.GroupNorm, *, over_frames: bool, silu: bool
+    x: Tensor,
+    delta: Tensor,
+    offset: Tensor | None,
+    norm: nn.GroupNorm,
+    *,
+    over_frames: bool,
+    silu: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + delta + offset, and the GroupNorm of that; see `add` and `group_norm`."""
     x = add(x, delta, offset)
-    return x, group_norm(x, norm, over_frames=over_frames, silu=silu)
+    return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor) -> Tensor:
-    """LayerNorm of x + offset over the last dimension. x: (..., c), offset: (c,)."""
-    return norm(x + offset)
+def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm of x + offset over the last dimension. x: (..., c), offset: (c,) -> as x, of its type or `dtype`."""
+    return _as(norm(x + offset), dtype)
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, offset: Tensor, norm: nn.LayerNorm, out: Tensor | None = None
+    x: Tensor,
+    delta: Tensor,
+    offset: Tensor,
+    norm: nn.LayerNorm,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + delta + offset, and the LayerNorm of that; see `add`.
+    """x + delta + offset, and the LayerNorm of that, of x's type or `dtype`; see `add`.
 
-    The sum is written to `out`, if given, whose rows may lie apart.
+    The sum is written to `out`, if given, whose rows may lie apart, and whose type may be another.
     """
-    x = torch.add(x, delta + offset, out=out)
-    return x, norm(x)
+    x = x + (delta + offset)
+    return x if out is None else out.copy_(_as(x, out.dtype)), _as(norm(x), dtype)
 
 
 def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -71,8 +86,23 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     return rearrange(torch.stack(rows) + bias, "p q b f h w c -> b f (h p) (w q) c").contiguous()
 
 
-def conv_over_time(x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution over the frames of every pixel, without a bias. x: (b, f, h, w, c), weight: (c2, c, 3, 1, 1)."""
+def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution of every frame by numbers in fp8, without a bias.
+
+    x: (b, f, h, w, c) in fp8, weight: (c2, c, k, k) as `fp8.quantised` gives it -> (b, f, h, w, c2) of type `dtype`.
+    """
+    frames = rearrange(x.to(dtype), "b f h w c -> (b f) c h w")
+    out = F.conv2d(frames, _weight(weight, dtype), padding=weight.shape[-1] // 2)
+    return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
+
+
+def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A convolution over the frames of every pixel, without a bias. x: (b, f, h, w, c), weight: (c2, c, 3, 1, 1).
+
+    Both may be in fp8, the weight as `fp8.quantised` gives it; then the result is of type `dtype`.
+    """
+    if dtype is not None and weight.dtype == FP8:
+        x, weight = x.to(dtype), _weight(weight, dtype)
     if x.is_cuda:  # whose library chooses better kernels for this than for the same in two dimensions
         out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), weight, padding=(1, 0, 0))
         return rearrange(out, "b c f h w -> b f h w c").contiguous()
@@ -83,10 +113,21 @@ def conv_over_time(x: Tensor, weight: Tensor) -> Tensor:
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """A linear layer gated by the (erf) GELU of its other half (Shazeer 2020).
 
-    x: (..., d) -> (..., proj's out / 2), written to `out`, if given, whose rows may lie apart.
+    x: (..., d) -> (..., proj's out / 2), written to `out`, if given, whose rows may lie apart. x and the weight may be
+    in fp8, the weight as `fp8.quantised` gives it, and so may `out`.
     """
-    value, gate = proj(x).chunk(2, dim=-1)
-    return torch.mul(value, F.gelu(gate), out=out)
+    both = linear(x, proj.weight, proj.bias.dtype) + proj.bias if proj.weight.dtype == FP8 else proj(x)
+    value, gate = both.chunk(2, dim=-1)
+    gated = value * F.gelu(gate)
+    return gated if out is None else out.copy_(_as(gated, out.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product without a bias. x: (..., d), weight: (d2, d) -> (..., d2).
+
+    Both may be in fp8, the weight as `fp8.quantised` gives it; then the result is of type `dtype`.
+    """
+    return F.linear(x.to(dtype), _weight(weight, dtype)) if weight.dtype == FP8 else F.linear(x, weight)
 
 
 def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
@@ -98,3 +139,26 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     q, k, v = rearrange(qkv, "b f h w (three heads d) -> three (b h w) heads f d", three=3, heads=heads)
     attended = F.scaled_dot_product_attention(q, k, v)
     return rearrange(attended, "(b h w) heads f d -> b f h w (heads d)", b=b, h=h, w=w).contiguous()
+
+
+def sampler_update(
+    latents: Tensor, eps: Tensor, history: Tensor, noise: Tensor | None, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `samplers.update`. All are of one type."""
+    alpha, sigma, a, b0, b1, b2, c = rearrange(rows, "b k -> k b 1 1 1 1")
+    x0 = (latents - sigma * eps) / alpha
+    newest, older = history.unbind(1)
+    latents = a * latents + b0 * x0 + b1 * newest + b2 * older
+    if noise is not None:
+        latents = latents + c * noise
+    return latents, torch.stack([x0, newest], dim=1)
+
+
+def _as(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        return x
+    return to_fp8(x) if dtype == FP8 else x.to(dtype)
+
+
+def _weight(quantised: Tensor, dtype: torch.dtype) -> Tensor:
+    return quantised.to(dtype) / WEIGHT_SCALE

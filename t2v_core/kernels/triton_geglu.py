@@ -9,14 +9,18 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE
+
 # Two programs share a processor, so that one gates while the other multiplies; of short products, three.
-_BLOCK_M, _BLOCK_N, _BLOCK_K, _GROUP_M, _NUM_WARPS = 128, 64, 64, 8, 4
+_BLOCK_M, _BLOCK_N, _GROUP_M, _NUM_WARPS = 128, 64, 8, 4
+_BLOCK_K_BYTES = 128  # a row of the copy engine's boxes
 _SHORT = 512
 
 
 def fits(x: Tensor, proj: nn.Linear) -> bool:
     """Whether the kernel is made for such channels, and their memory for the copy engine."""
-    return x.shape[-1] % 8 == 0 and proj.out_features % 16 == 0 and x.dtype != torch.float32
+    sizes = x.shape[-1], proj.out_features // 2
+    return x.dtype == proj.weight.dtype != torch.float32 and not any(size * x.element_size() % 16 for size in sizes)
 
 
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
@@ -24,14 +28,15 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     width, inner = x.shape[-1], proj.out_features // 2
     is_short = width <= _SHORT
     if out is None:
-        out = x.new_empty(*x.shape[:-1], inner)
+        out = x.new_empty(*x.shape[:-1], inner, dtype=proj.bias.dtype)
+    block_k = _BLOCK_K_BYTES // x.element_size()
     x_rows, out_rows = x.flatten(0, -2), out.flatten(0, -2)
     _geglu[(triton.cdiv(len(x_rows), _BLOCK_M) * triton.cdiv(inner, _BLOCK_N),)](
-        TensorDescriptor.from_tensor(x_rows, [_BLOCK_M, _BLOCK_K]),
-        TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, _BLOCK_N, _BLOCK_K]),
+        TensorDescriptor.from_tensor(x_rows, [_BLOCK_M, block_k]),
+        TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, _BLOCK_N, block_k]),
         TensorDescriptor.from_tensor(out_rows, [_BLOCK_M, _BLOCK_N]),
-        proj.bias, len(x_rows), inner, width,
-        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, GROUP_M=_GROUP_M,
+        proj.bias, len(x_rows), inner, width, 1.0 / WEIGHT_SCALE if x.dtype == FP8 else 1.0,
+        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=block_k, GROUP_M=_GROUP_M,
         num_warps=_NUM_WARPS, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None,
     )  # fmt: skip
     return out
@@ -39,7 +44,7 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def _geglu(
-    x, weight, out, bias, rows, inner, width,
+    x, weight, out, bias, rows, inner, width, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together share rows and columns of the operands (as in Triton's tutorial on products).
@@ -53,7 +58,7 @@ def _geglu(
     both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for k in range(0, width, BLOCK_K):
         both = tl.dot(x.load([m, k]), weight.load([0, n, k]).reshape(2 * BLOCK_N, BLOCK_K).T, both)
-    value, gate = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+    value, gate = (both * scale).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
     column = n + tl.arange(0, BLOCK_N)
     is_column = column < inner
     value += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]

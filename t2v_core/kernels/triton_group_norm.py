@@ -27,17 +27,25 @@ def group_norm(
     silu: bool,
     offset: Tensor | None = None,
     skip: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `plain.group_norm`."""
-    return _group_norm(x, None, skip, offset, norm, over_frames=over_frames, silu=silu)[1]
+    return _group_norm(x, None, skip, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)[1]
 
 
 def add_group_norm(
-    x: Tensor, delta: Tensor, offset: Tensor | None, norm: nn.GroupNorm, *, over_frames: bool, silu: bool
+    x: Tensor,
+    delta: Tensor,
+    offset: Tensor | None,
+    norm: nn.GroupNorm,
+    *,
+    over_frames: bool,
+    silu: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `plain.add_group_norm`."""
     offset = None if offset is None else offset[None]
-    return _group_norm(x, delta, None, offset, norm, over_frames=over_frames, silu=silu)
+    return _group_norm(x, delta, None, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
 def _group_norm(
@@ -49,6 +57,7 @@ def _group_norm(
     *,
     over_frames: bool,
     silu: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns x + delta + offset where there is a delta, or else x, and what becomes of it."""
     b, f, h, w, x_channels = x.shape
@@ -58,7 +67,7 @@ def _group_norm(
     block_g = triton.next_power_of_2(group_channels)
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
-    out = x.new_empty(b, f, h, w, channels)
+    out = x.new_empty(b, f, h, w, channels, dtype=dtype)
     second = next((tensor.contiguous() for tensor in (skip, delta) if tensor is not None), x)
     added = norm.weight if offset is None else offset
     # An offset of one row is that of all samples; else each belongs to as many of them as a video has.

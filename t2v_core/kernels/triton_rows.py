@@ -8,16 +8,21 @@ from torch import Tensor, nn
 _TILE_VALUES = 4096
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor) -> Tensor:
+def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """See `plain.layer_norm`."""
-    return _layer_norm(x, None, offset, norm)[1]
+    return _layer_norm(x, None, offset, norm, None, dtype)[1]
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, offset: Tensor, norm: nn.LayerNorm, out: Tensor | None = None
+    x: Tensor,
+    delta: Tensor,
+    offset: Tensor,
+    norm: nn.LayerNorm,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `plain.add_layer_norm`."""
-    return _layer_norm(x, delta, offset, norm, out)
+    return _layer_norm(x, delta, offset, norm, out, dtype)
 
 
 def add(x: Tensor, delta: Tensor, offset: Tensor) -> Tensor:
@@ -50,10 +55,10 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
 
 
 def _layer_norm(
-    x: Tensor, delta: Tensor | None, offset: Tensor, norm: nn.LayerNorm, total: Tensor | None = None
+    x: Tensor, delta: Tensor | None, offset: Tensor, norm: nn.LayerNorm, total: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     if total is None:
         total = x if delta is None else torch.empty_like(x)
     channels = x.shape[-1]

@@ -9,8 +9,9 @@ In the variance-preserving frame, x_t = alpha_t x0 + sigma_t noise, each sampler
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
 from torch import Tensor
+
+from t2v_core.kernels import sampler_update
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,4 @@ def update(latents: Tensor, eps: Tensor, history: Tensor, noise: Tensor | None, 
     history: (b, 2, c, f, h, w), earlier predictions of x0, newest first; rows: (b, 7), of `Coefficients.row`.
     Returns the next latents and the next history.
     """
-    alpha, sigma, a, b0, b1, b2, c = rearrange(rows.to(latents), "b k -> k b 1 1 1 1")
-    x0 = (latents - sigma * eps) / alpha
-    newest, older = history.unbind(1)
-    latents = a * latents + b0 * x0 + b1 * newest + b2 * older
-    if noise is not None:
-        latents = latents + c * noise
-    return latents, torch.stack([x0, newest], dim=1)
+    return sampler_update(latents, eps, history, noise, rows.to(latents))

@@ -23,11 +23,18 @@ class Fusible(Protocol):
     def fuse(self) -> None: ...
 
 
-def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> UNet3D:
+@runtime_checkable
+class Quantisable(Protocol):
+    """A module with layers that can have fp8."""
+
+    def quantise(self) -> None: ...
+
+
+def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> UNet3D:
     """The denoiser, ready to run. Raises CheckpointError where a tensor is missing, unexpected or misshapen."""
     with torch.device("meta"):
         unet = UNet3D(checkpoint.config.unet)
-    return _load(unet, "unet", checkpoint.read_unet(), checkpoint.name, device, dtype)
+    return _load(unet, "unet", checkpoint.read_unet(), checkpoint.name, device, dtype, fp8=fp8)
 
 
 def load_autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
@@ -51,23 +58,26 @@ def _load(
     checkpoint_name: str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    fp8: bool = False,
 ) -> NetworkT:
     _check(f"{checkpoint_name}: {network_name}", network.state_dict(), tensors)
     # One tensor at a time: a memory-mapped one that needs no conversion stays where it is.
     for name in tensors:
         tensors[name] = tensors[name].to(device=device, dtype=dtype)
     network.load_state_dict(tensors, assign=True)
-    return prepare(network)
+    return prepare(network, fp8=fp8)
 
 
-def prepare(network: NetworkT) -> NetworkT:
+def prepare(network: NetworkT, *, fp8: bool = False) -> NetworkT:
     """The network ready to run fast, and never to be trained: in place, and the weights keep their names and values.
 
     On a GPU, layers that can be one are fused, and kernels of convolutions laid out as its library wants them. On a
-    CPU the one gains little, and the other nothing.
+    CPU the one gains little, and the other nothing. With `fp8`, weights after a norm are rounded to that (see
+    `kernels.fp8`), on any device.
     """
     network.requires_grad_(False).eval()
-    if next(network.parameters()).is_cuda:
+    if next(network.parameters()).is_cuda or fp8:
         for module in network.modules():
             if isinstance(module, Fusible):
                 module.fuse()
@@ -75,6 +85,10 @@ def prepare(network: NetworkT) -> NetworkT:
                 module.weight.data = module.weight.to(memory_format=torch.channels_last)
             if isinstance(module, nn.Conv3d):
                 module.weight.data = module.weight.to(memory_format=torch.channels_last_3d)
+    if fp8:
+        for module in network.modules():
+            if isinstance(module, Quantisable):
+                module.quantise()
     return network
 
 

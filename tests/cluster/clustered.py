@@ -30,6 +30,7 @@ LONG_S = 240.0  # a wait is for as long as a machine takes that has other work a
 # Ray's workers are nice to its own processes, and to all others on the machine, which here would halt them.
 NOT_NICE = {"RAY_worker_niceness": "0"}
 CALLING_JOB = Path(__file__).with_name("calling_job.py")
+FOLLOWING_JOB = Path(__file__).with_name("following_job.py")
 
 
 @contextmanager
@@ -114,21 +115,35 @@ def clustered(nodes: RayNodes, config: AppConfig) -> Iterator[Clustered]:
 
 
 @contextmanager
-def calling_job(nodes: RayNodes, node: RayNode) -> Iterator["CallingJob"]:
-    """Another Ray job, on that node, that calls the service by its handle again and again."""
-    file = nodes.folder / "calls"
+def _ray_job(nodes: RayNodes, node: RayNode, script: Path, *arguments: str) -> Iterator[tuple[Any, Path]]:
+    """Another Ray job, on that node, and the file of what it prints. It ends with the block."""
+    file = nodes.folder / f"{script.stem}-{uuid.uuid4().hex}"
     with file.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(CALLING_JOB), nodes.address, node.ip, PROMPT],
+            [sys.executable, str(script), nodes.address, node.ip, PROMPT, *arguments],
             env={**os.environ, **nodes.env},
             stdout=output,
             stderr=subprocess.DEVNULL,
         )
     try:
-        yield CallingJob(process, file)
+        yield process, file
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def calling_job(nodes: RayNodes, node: RayNode) -> Iterator["CallingJob"]:
+    """One that calls the service by its handle again and again."""
+    with _ray_job(nodes, node, CALLING_JOB) as (process, file):
+        yield CallingJob(process, file)
+
+
+@contextmanager
+def following_job(nodes: RayNodes, node: RayNode, num_steps: int) -> Iterator["FollowingJob"]:
+    """One that makes a video by the service's handle, and follows its steps."""
+    with _ray_job(nodes, node, FOLLOWING_JOB, str(num_steps)) as (_, file):
+        yield FollowingJob(file)
 
 
 @dataclass(frozen=True)
@@ -139,8 +154,7 @@ class CallingJob:
     file: Path
 
     def calls(self) -> list[dict[str, Any]]:
-        lines = self.file.read_text().splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]  # Ray says there what nodes have died
+        return _printed(self.file)
 
     def num_made(self) -> int:
         assert self.process.poll() is None, "the calling job has ended"
@@ -150,6 +164,27 @@ class CallingJob:
         """Until it has got so many more videos."""
         wanted = self.num_made() + num_videos
         wait_for(lambda: self.num_made() >= wanted, within_s, every_s=0.2)
+
+
+@dataclass(frozen=True)
+class FollowingJob:
+    """A driver of its own. Each line of the file is a step of its video, but for the last, which is the video."""
+
+    file: Path
+
+    @property
+    def steps(self) -> list[int]:
+        return [line["step"] for line in _printed(self.file) if "step" in line]
+
+    @property
+    def has_video(self) -> bool:
+        return any(line.get("video_bytes", 0) > 0 for line in _printed(self.file))
+
+
+def _printed(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines(keepends=True)
+    # Ray says there as well what nodes have died, and the last line may be only begun.
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
 
 @dataclass

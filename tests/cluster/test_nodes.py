@@ -4,6 +4,7 @@ One cluster for all: a head without work, a node for what needs no GPU, and two 
 away, it gives back.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from clustered import (
     asking,
     calling_job,
     clustered,
+    following_job,
 )
 from running import config, psnr, wait_for
 
@@ -131,6 +133,21 @@ def test_a_drained_node_hands_its_jobs_over_and_no_step_is_done_twice(service, u
     wait_for(lambda: len(service.all_replicas("Denoiser")) == 2, LONG_S)
 
 
+def test_a_call_by_handle_moves_with_the_jobs_of_a_drained_node(service):
+    jobs = loaded(service, 2)
+    with following_job(service.nodes, service.nodes.nodes[1], STEPS) as call:
+        wait_for(lambda: call.steps[-1:] >= [2], LONG_S)
+        victim, name = node_and_name_of_call(service, STEPS)
+        victim.terminate()
+        service.nodes.start_worker(*GPU)
+        wait_for(lambda: call.has_video, LONG_S)
+        assert f"handed back: job={name}" in victim.logs()
+        assert call.steps == sorted(set(call.steps))
+        assert call.steps[-1] == STEPS
+    assert all_ended(service, jobs) == ["completed"] * len(jobs)
+    wait_for(lambda: len(service.all_replicas("Denoiser")) == 2, LONG_S)
+
+
 def test_jobs_go_on_while_the_head_is_away_and_all_is_well_after_its_return(service, undisturbed, caller):
     videos = loaded(service)
     before = {replica.id for replica in service.all_replicas("Denoiser")}
@@ -195,6 +212,14 @@ def loaded(service: Clustered, num_videos: int = 4) -> list[str]:
 
 def node_with_a_denoiser(service: Clustered) -> RayNode:
     return service.node_of(service.all_replicas("Denoiser")[0])
+
+
+def node_and_name_of_call(service: Clustered, num_steps: int) -> tuple[RayNode, str]:
+    """Where the only call by handle of so many steps was taken in, and what it is called there."""
+    taken_in = re.compile(rf"denoising: job=(call .+?) fence=1 step=0 num_steps={num_steps}\b")
+    nodes = [service.node_of(replica) for replica in service.all_replicas("Denoiser")]
+    ((node, name),) = [(node, name) for node in nodes for name in taken_in.findall(node.logs())]
+    return node, name
 
 
 def replaced(service: Clustered, before: set[str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2v_core.kernels import plain
+from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE, quantised, to_fp8
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -20,6 +21,12 @@ pytestmark = pytest.mark.skipif(
 )
 # The interpreter takes bf16 for integers where it multiplies matrices.
 HALVES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
+# Half of the last digit is 2^-4; the interpreter rounds towards zero, and by a whole one.
+FP8_TOLERANCE = 0.1 if IS_INTERPRETED else 0.03
+needs_hopper = pytest.mark.skipif(
+    not IS_INTERPRETED and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0)),
+    reason="needs a Hopper GPU, or TRITON_INTERPRET=1",
+)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 
 
@@ -43,7 +50,7 @@ def randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert actual.dtype == dtype
     error = (actual.double() - expected).norm() / expected.norm()
-    assert error.item() <= TOLERANCES[dtype]
+    assert error.item() <= (FP8_TOLERANCE if dtype == FP8 else TOLERANCES[dtype])
 
 
 @every_dtype
@@ -145,10 +152,7 @@ def test_temporal_attention_is_not_for_more_frames_than_a_program_holds():
     assert not fast.fits(draw(1, 4, 1, 1, 3 * 48, dtype=torch.float16), heads=1)
 
 
-@pytest.mark.skipif(
-    not IS_INTERPRETED and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0)),
-    reason="needs a Hopper GPU, or TRITON_INTERPRET=1",
-)
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("rows", "width", "inner"), [(100, 72, 104), (129, 320, 64), (7, 64, 136)])
 def test_geglu(rows, width, inner, dtype):
@@ -164,16 +168,13 @@ def test_geglu(rows, width, inner, dtype):
     assert not beside[:, :8].any()
 
 
-@pytest.mark.skipif(
-    not IS_INTERPRETED and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0)),
-    reason="needs a Hopper GPU, or TRITON_INTERPRET=1",
-)
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("num_frames", "side", "channels", "out_channels"), [(1, 3, 64, 8), (5, 4, 128, 72), (3, 12, 64, 136)]
 )
 def test_conv_over_time(num_frames, side, channels, out_channels, dtype):
-    from t2v_core.kernels import triton_conv_over_time as fast
+    from t2v_core.kernels import triton_conv as fast
 
     x = draw(2, num_frames, side, side, channels, dtype=dtype)
     weight = draw(out_channels, channels, 3, 1, 1, dtype=dtype).to(memory_format=torch.channels_last_3d)
@@ -181,13 +182,16 @@ def test_conv_over_time(num_frames, side, channels, out_channels, dtype):
     assert_close(fast.conv_over_time(x, weight), plain.conv_over_time(x.double(), weight.double()), dtype)
 
 
-def test_conv_over_time_is_not_for_weights_that_lie_otherwise():
-    from t2v_core.kernels import triton_conv_over_time as fast
+def test_conv_over_time_is_for_some_sizes_and_for_weights_with_channels_last():
+    from t2v_core.kernels import triton_conv as fast
 
-    x, weight = draw(1, 2, 2, 2, 640, dtype=torch.float16), draw(640, 640, 3, 1, 1, dtype=torch.float16)
+    x, weight = draw(1, 16, 16, 16, 640, dtype=torch.float16), draw(640, 640, 3, 1, 1, dtype=torch.float16)
+    last = weight.to(memory_format=torch.channels_last_3d)
     assert not fast.pays(x, weight)
-    assert fast.pays(x, weight.to(memory_format=torch.channels_last_3d))
-    assert not fast.fits(x.float(), weight.float())
+    assert fast.pays(x, last)
+    assert not fast.pays(x.expand(8, -1, -1, -1, -1), last)
+    assert not fast.pays(x[:, :1], last)
+    assert not fast.fits(x.float(), last.float())
 
 
 def test_geglu_is_not_for_rows_that_the_copy_engine_cannot_take():
@@ -195,3 +199,86 @@ def test_geglu_is_not_for_rows_that_the_copy_engine_cannot_take():
 
     assert not fast.fits(draw(4, 68, dtype=torch.float16), nn.Linear(68, 128))
     assert not fast.fits(draw(4, 64, dtype=torch.float16), nn.Linear(64, 2 * 100))
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 3, 4, 5, 160), 4), ((1, 3, 11, 12, 320), 32)])
+def test_norms_write_fp8(shape, groups):
+    from t2v_core.kernels import triton_group_norm, triton_rows
+
+    x, delta = draw(*shape, dtype=torch.float16), draw(*shape, dtype=torch.float16)
+    offset, group_norm = draw(shape[-1], dtype=torch.float16), randomised(nn.GroupNorm(groups, shape[-1]), torch.half)
+    how = {"over_frames": True, "silu": True}
+    summed, normed = triton_group_norm.add_group_norm(x, delta, offset, group_norm, **how, dtype=FP8)
+    exact = plain.add_group_norm(x.double(), delta.double(), offset.double(), group_norm.double(), **how)
+    assert_close(summed, exact[0], torch.float16)
+    assert_close(normed, exact[1], FP8)
+    layer_norm = randomised(nn.LayerNorm(shape[-1]), torch.half)
+    beside = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=FP8, device=DEVICE)
+    _, normed = triton_rows.add_layer_norm(x, delta, offset, layer_norm, beside[..., : shape[-1]], FP8)
+    exact = plain.add_layer_norm(x.double(), delta.double(), offset.double(), layer_norm.double())
+    assert_close(beside[..., : shape[-1]], exact[0], FP8)
+    assert_close(normed, exact[1], FP8)
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("num_frames", "height", "width", "channels", "out_channels"),
+    [(1, 3, 3, 64, 8), (5, 4, 4, 128, 72), (3, 12, 20, 64, 136), (2, 9, 33, 320, 64)],
+)
+def test_convolutions_in_fp8(num_frames, height, width, channels, out_channels):
+    from t2v_core.kernels import triton_conv as fast
+
+    x = to_fp8(draw(2, num_frames, height, width, channels, dtype=torch.float16))
+    for kernel, conv, last in (
+        ((3, 3), "conv_frames", torch.channels_last),
+        ((3, 1, 1), "conv_over_time", torch.channels_last_3d),
+    ):
+        weight = draw(out_channels, channels, *kernel, dtype=torch.float16) * channels**-0.5
+        weight = quantised(weight.to(memory_format=last))
+        assert fast.fits(x, weight)
+        exact = getattr(plain, conv)(x, weight, torch.float64)
+        assert_close(getattr(fast, conv)(x, weight, torch.float16), exact, torch.float16)
+
+
+@needs_hopper
+@pytest.mark.parametrize(("rows", "width", "inner"), [(100, 80, 112), (129, 320, 64)])
+def test_geglu_in_fp8(rows, width, inner):
+    from t2v_core.kernels import triton_geglu as fast
+
+    x, proj = to_fp8(draw(rows, width, dtype=torch.float16)), randomised(nn.Linear(width, 2 * inner), torch.half)
+    proj.weight = nn.Parameter(quantised(proj.weight / 2), requires_grad=False)
+    assert fast.fits(x, proj)
+    exact_proj = nn.Linear(width, 2 * inner, dtype=torch.float64, device=DEVICE)
+    exact_proj.weight = nn.Parameter(proj.weight.double() / WEIGHT_SCALE)
+    exact_proj.bias = nn.Parameter(proj.bias.double())
+    exact = plain.geglu(x.double(), exact_proj)
+    assert_close(fast.geglu(x, proj), exact, torch.float16)
+    beside = torch.zeros(rows, inner + 16, dtype=FP8, device=DEVICE)
+    fast.geglu(x, proj, out=beside[:, 16:])
+    assert_close(beside[:, 16:], exact, FP8)
+    assert not beside[:, :16].float().any()
+
+
+@pytest.mark.parametrize("has_noise", [False, True])
+def test_a_samplers_update(has_noise):
+    from t2v_core.kernels import triton_sampler as fast
+
+    latents, eps, noise = (draw(3, 4, 5, 6, 7, dtype=torch.float32) for _ in range(3))
+    history, rows = draw(3, 2, 4, 5, 6, 7, dtype=torch.float32), draw(3, 7, dtype=torch.float32, mean=3.0)
+    noise = noise if has_noise else None
+    actual = fast.sampler_update(latents, eps, history, noise, rows)
+    exact = plain.sampler_update(
+        latents.double(), eps.double(), history.double(), None if noise is None else noise.double(), rows.double()
+    )
+    for ours, expected in zip(actual, exact, strict=True):
+        assert_close(ours, expected, torch.float32)
+
+
+@pytest.mark.parametrize(("sizes", "length"), [((16, 32, 32), 128), ((5, 40, 72), 128), ((7, 3, 3), 128)])
+def test_boxes_of_pixels_waste_little(sizes, length):
+    from t2v_core.kernels import triton_conv as fast
+
+    box = fast._box(*sizes)
+    assert box[0] * box[1] * box[2] == length
+    covered = [-(-size // part) * part for size, part in zip(sizes, box, strict=True)]
+    assert covered[0] * covered[1] * covered[2] <= max(length, 1.5 * sizes[0] * sizes[1] * sizes[2])

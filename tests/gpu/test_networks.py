@@ -46,6 +46,18 @@ def test_the_unet(unets, num_videos, num_rows):
     assert torch.equal(GraphedUNet(fast)(latents.cuda(), timesteps.cuda(), text, rows.cuda()), actual)
 
 
+def test_the_unet_in_fp8():
+    """The same weights and inputs are rounded on either side: what differs is the order in which products add up."""
+    unet = randomise(UNet3D(TINY.unet), torch.Generator().manual_seed(0)).half()
+    fast, exact = prepare(copy.deepcopy(unet).cuda(), fp8=True), prepare(unet.double(), fp8=True)
+    latents, timesteps, text_embeds, rows = inputs(2, 3)
+    expected = exact(latents.double(), timesteps, text_embeds.double(), rows)
+    text = fast.read_text(text_embeds.cuda())
+    actual = fast(latents.cuda(), timesteps.cuda(), text, rows.cuda())
+    assert relative_error(actual.cpu().double(), expected) <= 0.1
+    assert torch.equal(GraphedUNet(fast)(latents.cuda(), timesteps.cuda(), text, rows.cuda()), actual)
+
+
 def test_a_graph_reads_every_input_anew(unets):
     fast, _ = unets
     graphed = GraphedUNet(fast)
