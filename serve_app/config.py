@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from t2v_core.config import Precision
+from t2v_core.config import MAX_CACHED_STEPS, Precision
 from t2v_core.errors import InvalidRequest
 
 DType = Literal["fp32", "bf16", "fp16"]
@@ -83,7 +83,8 @@ class DenoiserConfig(Scaling):
 
     The reserve is of a fixed number of replicas: where they are scaled, an urgent video is only the first in line.
 
-    `precision`: "fp8" is faster on Hopper GPUs, and not quite exact (docs/performance.md says how much of both).
+    `precision`: "fp8" is faster on Hopper GPUs, and not quite exact; `cached_steps`: so many in a row reuse coarse
+    features, which is faster anywhere, and less exact (docs/performance.md says how much of both).
     `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU. `warm_up`:
     sizes, (num_frames, height, width), of which no request shall be the first; the model's own is always among them.
     `hand_back_s`: so long before its node goes, where that is announced, a denoiser hands its videos to the others.
@@ -95,6 +96,7 @@ class DenoiserConfig(Scaling):
     max_surge_percent: int = Field(default=0, ge=0, le=100)
     num_threads: int | None = Field(default=0, ge=0)
     precision: Precision = "exact"
+    cached_steps: int = Field(default=0, ge=0, le=MAX_CACHED_STEPS)
     profile: Path | None = None
     warm_up: tuple[tuple[Frames, Side, Side], ...] = ()
     checkpoint_every_s: Seconds = 5.0

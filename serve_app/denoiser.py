@@ -111,7 +111,7 @@ class Denoiser:
             free_bytes=free_memory_bytes(self._device),
             unmeasured_rows=2 * config.max_ongoing,
         )
-        self._engine = Engine(unet, budgets, previewer=previewer)
+        self._engine = Engine(unet, budgets, previewer=previewer, cached_steps=config.cached_steps)
         self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters, self._device)
         self._thread = EngineThread(self._engine, self._hand_over)
         self._live: dict[str, _Live] = {}  # by engine id
@@ -198,7 +198,8 @@ class Denoiser:
         profile = known or measure(unet, shapes, rows=[number for number in ROWS if number <= most_rows])
         if known is None and path is not None:
             profile.save(path)
-        warm_up(unet, shapes, profile, rows=range(_ROWS_A_VIDEO, most_rows + 1, _ROWS_A_VIDEO))
+        rows = range(_ROWS_A_VIDEO, most_rows + 1, _ROWS_A_VIDEO)
+        warm_up(unet, shapes, profile, rows=rows, caches_features=self._config.cached_steps > 0)
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
 

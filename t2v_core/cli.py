@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from t2v_core.config import GenerationDefaults, ModelConfig, Precision, SamplerName
+from t2v_core.config import MAX_CACHED_STEPS, GenerationDefaults, ModelConfig, Precision, SamplerName
 from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
 from t2v_core.media import VideoFormat, check_encoding, video_format_of
 from t2v_core.params import GenerationParams, Settings, resolve
@@ -62,6 +62,10 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="fp16 on a GPU and fp32 on a CPU, unless given.")] = None,
     precision: Annotated[Precision, typer.Option(help="fp8: faster on a Hopper GPU, not quite exact.")] = "exact",
+    cached_steps: Annotated[
+        int,
+        typer.Option(min=0, max=MAX_CACHED_STEPS, help="Steps in a row that reuse coarse features: faster, not exact."),
+    ] = 0,
 ) -> None:
     """Make a video of what PROMPT says."""
     console = _console()
@@ -84,7 +88,9 @@ def generate(
         }
         _check_before_loading(prompt, settings, input_video, crf)
         console.print(f"Loading {model}", soft_wrap=True, highlight=False)
-        pipeline = load(model, revision=revision, device=device, dtype=dtype, precision=precision)
+        pipeline = load(
+            model, revision=revision, device=device, dtype=dtype, precision=precision, cached_steps=cached_steps
+        )
         params = pipeline.params(prompt, video=input_video, **settings)
         started = time.monotonic()
         video = _generate(console, pipeline, params)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 # Of the UNet's products: as they are, or those after a norm by numbers of 8 bits (see `kernels.fp8`), not quite exact.
 Precision = Literal["exact", "fp8"]
+MAX_CACHED_STEPS = 9  # in a row: see `denoising.denoise_step`
 SamplerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_3m", "unipc"]
 SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 

@@ -5,6 +5,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ class GraphedUNet:
     def __init__(self, unet: UNet3D, *, max_latents: int = _MAX_LATENTS) -> None:
         self.config = unet.config
         self._unet, self._max_latents = unet, max_latents
-        self._graphs = Graphs(self._call)
+        pool = torch.cuda.graph_pool_handle()
+        self._whole, self._kept, self._reusing = (
+            Graphs(function, pool) for function in (self._call, self._predict, self._reuse)
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The network's own."""
@@ -52,15 +56,44 @@ class GraphedUNet:
 
     def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> Tensor:
         """See `UNet3D.forward`. Raises OutOfMemory."""
-        shape = LatentShape(*latents.shape[1:])
-        if len(rows) * shape.num_frames * shape.height * shape.width > self._max_latents:
+        if self._is_large(latents, rows):
             return self._unet(latents, timesteps, text, rows)
-        kept = [tensor for reader in self._unet.text_readers for tensor in text[reader]]
-        return self._graphs((latents, timesteps, rows), kept)
+        (eps,) = self._whole((latents, timesteps, rows), self._listed(text))
+        return eps
 
-    def _call(self, latents: Tensor, timesteps: Tensor, rows: Tensor, *text: Tensor) -> Tensor:
-        pairs = zip(text[::2], text[1::2], strict=True)
-        return self._unet(latents, timesteps, dict(zip(self._unet.text_readers, pairs, strict=True)), rows)
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `UNet3D.predict`. Raises OutOfMemory."""
+        if self._is_large(latents, rows):
+            return self._unet.predict(latents, timesteps, text, rows, features)
+        if features is None:
+            eps, features = self._kept((latents, timesteps, rows), self._listed(text))
+        else:
+            (eps,) = self._reusing((latents, timesteps, rows, features), self._listed(text))
+        return eps, features
+
+    def _is_large(self, latents: Tensor, rows: Tensor) -> bool:
+        shape = LatentShape(*latents.shape[1:])
+        return len(rows) * shape.num_frames * shape.height * shape.width > self._max_latents
+
+    def _listed(self, text: TextKeysValues) -> list[Tensor]:
+        return [tensor for reader in self._unet.text_readers for tensor in text[reader]]
+
+    def _text(self, listed: Sequence[Tensor]) -> TextKeysValues:
+        pairs = zip(listed[::2], listed[1::2], strict=True)
+        return dict(zip(self._unet.text_readers, pairs, strict=True))
+
+    def _call(self, latents: Tensor, timesteps: Tensor, rows: Tensor, *text: Tensor) -> tuple[Tensor]:
+        return (self._unet(latents, timesteps, self._text(text), rows),)
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, rows: Tensor, *text: Tensor) -> tuple[Tensor, Tensor]:
+        return self._unet.predict(latents, timesteps, self._text(text), rows)
+
+    def _reuse(
+        self, latents: Tensor, timesteps: Tensor, rows: Tensor, features: Tensor, *text: Tensor
+    ) -> tuple[Tensor]:
+        return (self._unet.predict(latents, timesteps, self._text(text), rows, features)[0],)
 
 
 class _GraphedDecoder(nn.Module):
@@ -69,11 +102,14 @@ class _GraphedDecoder(nn.Module):
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
-        self._graphs = Graphs(decoder)
+        self._graphs = Graphs(lambda z: (decoder(z),))
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (b, f, h, w, c) -> (b, f, 8h, 8w, 3)."""
-        return self._graphs((z,)) if 64 * z[..., 0].numel() <= _MAX_PIXELS else self.decoder(z)
+        if 64 * z[..., 0].numel() > _MAX_PIXELS:
+            return self.decoder(z)
+        (frames,) = self._graphs((z,))
+        return frames
 
 
 @dataclass(slots=True)
@@ -84,23 +120,24 @@ class _Captured:
     inputs: list[Tensor]
     kept: list[Tensor]
     copied: list[weakref.ref[Tensor]]
-    out: Tensor
+    outs: tuple[Tensor, ...]
 
 
 class Graphs:
     """A function of tensors, captured once for each of their sizes when it first sees them, and replayed from then on.
 
-    The graphs share one pool of memory, since only one runs at a time. The least recently used of too many is dropped.
+    The graphs share one pool of memory, since only one runs at a time: theirs, or that of others as well for which that
+    holds. The least recently used of too many is dropped.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], pool: Any = None) -> None:
         self._function = function
         self._captured: OrderedDict[Sizes, _Captured] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool or torch.cuda.graph_pool_handle()
         self._lock = threading.Lock()
 
     @torch.inference_mode()
-    def __call__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """What the function gives. `kept` inputs come after the others, and do not change while they are the same.
 
         Raises OutOfMemory.
@@ -118,7 +155,7 @@ class Graphs:
                 torch._foreach_copy_(captured.kept, list(kept))
                 captured.copied = [weakref.ref(tensor) for tensor in kept]
             captured.graph.replay()
-            return captured.out.clone()  # the next replay writes there again
+            return tuple(out.clone() for out in captured.outs)  # the next replay writes there again
 
     @out_of_memory_explained()
     def _capture(self, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> _Captured:
@@ -131,5 +168,5 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._function(*inputs, *kept_copies)
-        return _Captured(graph, inputs, kept_copies, [weakref.ref(tensor) for tensor in kept], out)
+            outs = self._function(*inputs, *kept_copies)
+        return _Captured(graph, inputs, kept_copies, [weakref.ref(tensor) for tensor in kept], outs)

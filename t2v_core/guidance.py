@@ -68,9 +68,27 @@ def predict_eps(unet: NoisePredictor, latents: Tensor, timesteps: Tensor, condit
 
     latents: (b, c, f, h, w); timesteps: (b,). The network runs in its own precision; the result has the latents'.
     """
-    rows, guided = conditioning.rows, conditioning.guided
-    out = unet(latents.to(conditioning.dtype), timesteps, conditioning.text, rows).to(latents.dtype)
-    eps, eps_uncond = out[: len(latents)], out[len(latents) :]
+    out = unet(latents.to(conditioning.dtype), timesteps, conditioning.text, conditioning.rows)
+    return _guided(out.to(latents.dtype), len(latents), conditioning)
+
+
+def predict_eps_and_features(
+    unet: NoisePredictor,
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: BatchConditioning,
+    features: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same with features of the step before, if they are given, and those of this one. See `UNet3D.predict`."""
+    out, features = unet.predict(
+        latents.to(conditioning.dtype), timesteps, conditioning.text, conditioning.rows, features
+    )
+    return _guided(out.to(latents.dtype), len(latents), conditioning), features
+
+
+def _guided(out: Tensor, num_requests: int, conditioning: BatchConditioning) -> Tensor:
+    guided = conditioning.guided
+    eps, eps_uncond = out[:num_requests], out[num_requests:]
     if len(guided):
         eps[guided] = eps_uncond + conditioning.scales.to(eps) * (eps[guided] - eps_uncond)
     return eps

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from t2v_core import stages
 from t2v_core.autoencoder import Autoencoder
-from t2v_core.config import GenerationDefaults, Precision
+from t2v_core.config import MAX_CACHED_STEPS, GenerationDefaults, Precision
 from t2v_core.denoising import Denoising, denoise_step
 from t2v_core.errors import InvalidRequest
 from t2v_core.graphs import replay_decoder, replayed_unet
@@ -36,7 +36,10 @@ from t2v_core.weights import (
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """The three networks of a checkpoint on one device. It holds no state of any request."""
+    """The three networks of a checkpoint on one device. It holds no state of any request.
+
+    `cached_steps`: see `denoising.denoise_step`.
+    """
 
     name: str
     tokenizer: Tokenizer = field(repr=False)
@@ -47,6 +50,7 @@ class Pipeline:
     defaults: GenerationDefaults
     device: torch.device
     dtype: torch.dtype
+    cached_steps: int = 0
 
     def generate(self, prompt: str, *, video: Video | InputVideo | None = None, **settings: Unpack[Settings]) -> Video:
         """A video of what the prompt says or, with an input `video`, that video made anew.
@@ -74,7 +78,7 @@ class Pipeline:
         request = self.prepare(params)
         conditioning = condition(self.unet, [request.conditioning])
         while not request.trajectory.is_finished:
-            (request,) = denoise_step(self.unet, [request], conditioning)
+            (request,) = denoise_step(self.unet, [request], conditioning, cached_steps=self.cached_steps)
             yield request.trajectory
         stages.check_finite(request.trajectory.latents, next(self.unet.parameters()))
 
@@ -118,6 +122,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     precision: Precision = "exact",
+    cached_steps: int = 0,
 ) -> Pipeline:
     """A checkpoint ready to generate: "demo", a folder or a hub id, in the diffusers or the ModelScope layout.
 
@@ -125,11 +130,16 @@ def load(
     `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in fp16
     there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own. With the
     precision "fp8", products after a norm are of 8-bit numbers: faster on a Hopper GPU, and the same on a CPU to try.
+    With `cached_steps`, so many steps in a row reuse what the UNet's coarser resolutions made of the step before them:
+    faster anywhere, and the less exact the more there are.
     Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used.
     """
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)
     check_precision(precision, torch_dtype, torch_device)
+    if not 0 <= cached_steps <= MAX_CACHED_STEPS:
+        reason = f"cached_steps {cached_steps}: must be from 0 to {MAX_CACHED_STEPS}"
+        raise InvalidRequest(reason, param="cached_steps")
     checkpoint = open_checkpoint(model, revision=revision, half=torch_dtype == torch.float16)
     return Pipeline(
         name=public_name(model),
@@ -141,6 +151,7 @@ def load(
         defaults=checkpoint.config.defaults,
         device=torch_device,
         dtype=torch_dtype,
+        cached_steps=cached_steps,
     )
 
 

@@ -1,6 +1,6 @@
 """The denoiser: a UNet over space whose every layer is followed by one over time (ModelScope, Wang et al. 2023)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -50,6 +50,10 @@ class NoisePredictor(Protocol):
     def read_text(self, text_embeds: Tensor) -> TextKeysValues: ...
 
     def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> Tensor: ...
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 _TRANSFORMER_IN_HEADS = 8  # whatever the number of channels, unlike every other transformer here
@@ -144,6 +148,21 @@ class UNet3D(nn.Module):
         Up to the first layer that reads the text, rows of the same latents are computed once.
         The result has the type of the latents.
         """
+        return self.predict(latents, timesteps, text, rows)[0]
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor | TextKeysValues,
+        rows: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """eps, and what all resolutions but the finest make of the input: (rows, f, h, w, c).
+
+        Where such `features` are given, of a step not long before, they are taken as they are, and only the finest
+        resolution is computed anew (Ma et al. 2023, "DeepCache"). For the rest, see `forward`.
+        """
         if isinstance(text, Tensor):
             text = self.read_text(text)
         steering = _Steering(self._read_time(timesteps, latents.dtype, rows), text, rows)
@@ -153,15 +172,24 @@ class UNet3D(nn.Module):
         x = total(self.transformer_in(x))
 
         skips = [x]
-        for block in self.down_blocks:
-            x, block_skips = block(x, steering)
-            skips += block_skips
-        x = self.mid_block(x, steering)
-        for block in self.up_blocks:
-            x = block(x, skips, steering)
+        finest, *coarser = self.down_blocks
+        assert isinstance(finest, DownBlock)
+        x = finest.layers(x, steering, skips)
+        if features is None:
+            features = self._coarser(finest.downsample(x, skips), coarser, steering, skips)
+        x = self.up_blocks[-1](features, skips, steering)
 
         x = conv_frames(group_norm(x, self.conv_norm_out, over_frames=False, silu=True), self.conv_out)
-        return rearrange(x, "b f h w c -> b c f h w").contiguous()
+        return rearrange(x, "b f h w c -> b c f h w").contiguous(), features
+
+    def _coarser(self, x: Tensor, blocks: Sequence[nn.Module], steering: _Steering, skips: list[Tensor]) -> Tensor:
+        """Down to the coarsest resolution and up again, until only the skip connections of the finest are left."""
+        for block in blocks:
+            x = block(x, steering, skips)
+        x = self.mid_block(x, steering)
+        for block in self.up_blocks[:-1]:
+            x = block(x, skips, steering)
+        return x
 
     def _read_time(self, timesteps: Tensor, dtype: torch.dtype, rows: Tensor | None) -> Mapping[nn.Module, Tensor]:
         """What the time adds in each residual block, with the bias of the convolution before it."""
@@ -229,7 +257,7 @@ class _Layers(nn.Module):
 
 
 class DownBlock(_Layers):
-    """One resolution on the way down. It hands each layer's output to the way up."""
+    """One resolution on the way down. It leaves each layer's output to the way up, at the end of `skips`."""
 
     def __init__(
         self, config: UNetConfig, in_channels: list[int], out_channels: int, *, attention: bool, downsample: bool
@@ -237,15 +265,22 @@ class DownBlock(_Layers):
         super().__init__(config, in_channels, out_channels, len(in_channels) if attention else 0)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor, steering: _Steering) -> tuple[Tensor, list[Tensor]]:
-        skips = []
+    def forward(self, x: Tensor, steering: _Steering, skips: list[Tensor]) -> Tensor:
+        return self.downsample(self.layers(x, steering, skips), skips)
+
+    def layers(self, x: Tensor, steering: _Steering, skips: list[Tensor]) -> Tensor:
+        """All of it at its own resolution."""
         for i in range(len(self.resnets)):
             x = self.layer(i, x, steering)
             skips.append(x)
+        return x
+
+    def downsample(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """On to the next resolution, if there is one."""
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
-        return x, skips
+        return x
 
 
 class MidBlock(_Layers):

@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=DEMO, help="demo, a folder, or a Hugging Face id")
     parser.add_argument("--precision", choices=get_args(Precision), default="exact")
+    parser.add_argument("--cached-steps", type=int, default=0)
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of scenes and words")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first 48 videos, four frames of each")
@@ -73,7 +74,7 @@ def main() -> None:
         parser.error(f"--sheet {arguments.sheet}: there is no folder {arguments.sheet.parent}; create it first")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     scenes = held_out_scenes(arguments.num_prompts, arguments.seed)
-    pipeline = load(arguments.model, precision=arguments.precision)
+    pipeline = load(arguments.model, precision=arguments.precision, cached_steps=arguments.cached_steps)
     counts, shown = Counter[str](), list[Tensor]()
     for number, checked in enumerate(check(pipeline, scenes, arguments.seed), start=1):
         counts.update(name for name, is_right in checked.right.items() if is_right)

@@ -66,6 +66,8 @@ class Engine:
     `step` does a step and says what came of it. `advance` does so too, but launches the next step before the one at
     hand has ended, where the device works by itself (`runs_ahead`; by default on a GPU): so it never waits for the
     engine. Whoever calls it after `pause_s` lets requests join until shortly before.
+
+    `cached_steps`: see `denoise_step`. A batch in which one request has no features yet computes them for all.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class Engine:
         previewer: Previewer | None = None,
         clock: Callable[[], float] = time.monotonic,
         runs_ahead: bool | None = None,
+        cached_steps: int = 0,
     ) -> None:
         self.counters: defaultdict[LatentShape, Counters] = defaultdict(Counters)
         self.clock = clock
         self._unet, self._budgets, self._previewer = unet, budgets, previewer
+        self._cached_steps = cached_steps
         self._runs_ahead = next(unet.parameters()).is_cuda if runs_ahead is None else runs_ahead
         self._launched: deque[Launched] = deque()  # first the step that the device is at
         self._ended_s = clock()  # the last step that did
@@ -206,7 +210,8 @@ class Engine:
         """What the step makes of each request: all that can fail comes here, before anything is kept."""
         requests = [self._slots[entry.id].request for entry in entries]
         start = mark(requests[0].denoising.trajectory.latents.device)
-        stepped = denoise_step(self._unet, [request.denoising for request in requests], self._condition(entries))
+        batch, conditioning = [request.denoising for request in requests], self._condition(entries)
+        stepped = denoise_step(self._unet, batch, conditioning, cached_steps=self._cached_steps)
         outcomes = [
             Outcome(entry, denoising, self._preview(request, denoising.trajectory))
             for entry, request, denoising in zip(entries, requests, stepped, strict=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from t2v_core.engine.memory import peak_bytes
 from t2v_core.errors import InvalidProfile, OutOfMemory
 from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import LatentShape
-from t2v_core.unet3d import NoisePredictor
+from t2v_core.unet3d import NoisePredictor, TextKeysValues
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 _REPEATS = 3
@@ -146,15 +147,30 @@ def warm_up(
     profile: Profile,
     num_tokens: int = 77,
     rows: Sequence[int] = ROWS,
+    *,
+    caches_features: bool = False,
 ) -> None:
     """Call the UNet once with each number of rows that steps of these shapes will have: no request pays for the first.
 
-    It compiles what is not compiled yet and captures graphs, which `measure` does as well.
+    It compiles what is not compiled yet and captures graphs, which `measure` does as well: those of steps that cache
+    features, if they do.
     """
     for shape in shapes:
         for number in rows:
             if number <= profile.rows_for(shape):
-                _measure(unet, shape, number, num_tokens, repeats=0)
+                _measure(_Caching(unet) if caches_features else unet, shape, number, num_tokens, repeats=0)
+
+
+class _Caching:
+    """A UNet of which each call is one that keeps its features, and one that reuses them."""
+
+    def __init__(self, unet: NoisePredictor) -> None:
+        self.config, self.parameters = unet.config, unet.parameters
+        self.read_text, self.predict = unet.read_text, unet.predict
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> Tensor:
+        _, features = self.predict(latents, timesteps, text, rows)
+        return self.predict(latents, timesteps, text, rows, features)[0]
 
 
 @torch.inference_mode()

@@ -60,6 +60,15 @@ def test_the_same_command_writes_the_same_bytes_and_the_seed_it_names_makes_it_a
     assert (tmp_path / "1.mp4").read_bytes() == (tmp_path / "2.mp4").read_bytes()
 
 
+def test_what_is_faster_and_not_exact_is_done_when_asked_for(tiny_checkpoint, tmp_path):
+    files = []
+    for name, options in (("exact", []), ("fp8", ["--precision", "fp8"]), ("cached", ["--cached-steps", "1"])):
+        files.append(tmp_path / f"{name}.mp4")
+        arguments = [PROMPT, "--model", str(tiny_checkpoint), "--seed", "1", *QUICK, *options, "-o", str(files[-1])]
+        assert CliRunner().invoke(app, ["generate", *arguments]).exit_code == 0
+    assert len({file.read_bytes() for file in files}) == 3
+
+
 def test_video_to_video_and_every_format(tiny_checkpoint, tmp_path):
     made = t2v("generate", PROMPT, "--model", tiny_checkpoint, "--format", "webm", *QUICK, cwd=tmp_path)
     assert made.returncode == 0, made.stderr

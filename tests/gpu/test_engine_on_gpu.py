@@ -32,10 +32,11 @@ def requests(pipeline):
     ]
 
 
-def run(pipeline, requests, *, runs_ahead: bool, preview_every: int = 0):
+def run(pipeline, requests, *, runs_ahead: bool, preview_every: int = 0, cached_steps: int = 0):
     """One comes before each of the first steps. Returns what they became, and how many previews came."""
     previewer = FewFrames(pipeline.autoencoder, num_frames=2)
-    engine = Engine(pipeline.unet, RowBudgets(unmeasured_rows=16), previewer=previewer, runs_ahead=runs_ahead)
+    budgets, how = RowBudgets(unmeasured_rows=16), {"runs_ahead": runs_ahead, "cached_steps": cached_steps}
+    engine = Engine(pipeline.unet, budgets, previewer=previewer, **how)
     waiting = [Request(r.id, r.denoising, preview_every=preview_every) for r in reversed(requests)]
     events = []
     while waiting or len(engine):
@@ -46,11 +47,13 @@ def run(pipeline, requests, *, runs_ahead: bool, preview_every: int = 0):
     return finished, sum(isinstance(event, Preview) for event in events)
 
 
-def test_steps_are_launched_without_waiting_for_the_gpu(pipeline, requests):
-    run(pipeline, requests, runs_ahead=True, preview_every=2)  # captures graphs, which does wait
+@pytest.mark.parametrize("cached_steps", [0, 2])
+def test_steps_are_launched_without_waiting_for_the_gpu(pipeline, requests, cached_steps):
+    how = {"runs_ahead": True, "preview_every": 2, "cached_steps": cached_steps}
+    run(pipeline, requests, **how)  # captures graphs, which does wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        finished, num_previews = run(pipeline, requests, runs_ahead=True, preview_every=2)
+        finished, num_previews = run(pipeline, requests, **how)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(finished) == len(REQUESTS)

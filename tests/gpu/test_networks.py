@@ -58,6 +58,20 @@ def test_the_unet_in_fp8():
     assert torch.equal(GraphedUNet(fast)(latents.cuda(), timesteps.cuda(), text, rows.cuda()), actual)
 
 
+def test_graphs_keep_and_reuse_features(unets):
+    fast, _ = unets
+    graphed = GraphedUNet(fast)
+    latents, timesteps, text_embeds, rows = (tensor.cuda() for tensor in inputs(2, 3))
+    text = fast.read_text(text_embeds)
+    for step in range(2):
+        now = latents + step, timesteps - step, text, rows
+        (eps, features), (eager_eps, eager_features) = graphed.predict(*now), fast.predict(*now)
+        assert torch.equal(eps, eager_eps)
+        assert torch.equal(features, eager_features)
+        later = latents - step, timesteps - step - 1, text, rows, features
+        assert torch.equal(graphed.predict(*later)[0], fast.predict(*later)[0])
+
+
 def test_a_graph_reads_every_input_anew(unets):
     fast, _ = unets
     graphed = GraphedUNet(fast)

@@ -102,6 +102,9 @@ def test_relative_paths_are_taken_from_where_the_service_is_started(tmp_path, mo
     [
         ({"modle": "demo"}, "modle"),
         ({"denoiser": {"max_ongoing": 0}}, "greater than or equal to 1"),
+        ({"denoiser": {"precision": "fp4"}}, "'exact' or 'fp8'"),
+        ({"denoiser": {"cached_steps": 10}}, "less than or equal to 9"),
+        ({"decoder": {"precision": "fp8"}}, "decoder.precision"),
         ({"decoder": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas 3 is more than max_replicas 2"),
     ],
 )
