@@ -15,6 +15,8 @@ from t2v_core.trajectory import NoiseSource, Trajectory
 from t2v_core.transfers import to_device
 from t2v_core.unet3d import NoisePredictor
 
+_EARLY_SHARE = 0.2  # of a request's steps
+
 
 class Features(NamedTuple):
     """What the UNet's coarser resolutions made of a request, by row: (f, h, w, c). `age`: steps that have used it."""
@@ -45,7 +47,7 @@ def denoise_step(
 
     `conditioning` is made of the requests' own, in this order. A GPU is only given its work: nothing here waits for it.
     With `cached_steps`, so many steps in a row may use the features of the one before them, which is faster and not
-    exact. Raises OutOfMemory.
+    exact: not a request's first ones, which decide what the video shows. Raises OutOfMemory.
     """
     latents = torch.stack([request.trajectory.latents for request in batch])
     history = torch.stack([request.trajectory.history for request in batch])
@@ -74,12 +76,19 @@ def denoise_step(
 
 def _reusable(batch: Sequence[Denoising], cached_steps: int) -> tuple[Tensor | None, int]:
     """The features of all rows, if no request lacks any that may be used once more; and their age after this step."""
-    ages = [cached_steps if request.features is None else request.features.age for request in batch]
+    ages = [
+        cached_steps if request.features is None or _is_early(request.trajectory) else request.features.age
+        for request in batch
+    ]
     if max(ages) >= cached_steps:
         return None, 0
     of_requests = [request.features.of_rows for request in batch if request.features is not None]
     of_prompts = [of_rows[0] for of_rows in of_requests]
     return torch.stack([*of_prompts, *(of_rows[1] for of_rows in of_requests if len(of_rows) > 1)]), max(ages) + 1
+
+
+def _is_early(trajectory: Trajectory) -> bool:
+    return trajectory.step_index < _EARLY_SHARE * trajectory.num_steps
 
 
 def _by_request(features: Tensor, batch: Sequence[Denoising]) -> list[tuple[Tensor, ...]]:
