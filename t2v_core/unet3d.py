@@ -12,18 +12,16 @@ from t2v_core.config import UNetConfig
 from t2v_core.kernels import group_norm
 from t2v_core.layers import (
     Downsample,
-    KeysValues,
     ResnetBlock,
-    SpatialTransformer,
     Sum,
     TemporalConvLayer,
-    TemporalTransformer,
     TimestepEmbedding,
     Upsample,
     conv_frames,
     sinusoidal_embedding,
     total,
 )
+from t2v_core.transformers import KeysValues, SpatialTransformer, TemporalTransformer
 
 TextKeysValues = Mapping[nn.Module, KeysValues]  # of each spatial transformer
 

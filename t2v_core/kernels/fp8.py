@@ -5,7 +5,7 @@ loses more than its digits, and no tensor needs a scale of its own.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 WEIGHT_SCALE = 64.0
@@ -20,6 +20,12 @@ def to_fp8(x: Tensor) -> Tensor:
 def quantised(weight: Tensor) -> Tensor:
     """A weight as products in fp8 read it; the same one, where it has numbers that are too large for that."""
     return to_fp8(weight * WEIGHT_SCALE) if weight.abs().amax() <= LARGEST / WEIGHT_SCALE else weight
+
+
+def quantise(*layers: nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
+    """Let layers have weights as `quantised` gives them."""
+    for layer in layers:
+        layer.weight = nn.Parameter(quantised(layer.weight), requires_grad=False)
 
 
 def dtype_for(weight: Tensor) -> torch.dtype | None:

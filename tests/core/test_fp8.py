@@ -7,8 +7,8 @@ import torch
 
 from t2v_core.errors import InvalidRequest
 from t2v_core.kernels.fp8 import FP8, LARGEST, WEIGHT_SCALE, quantised, to_fp8
-from t2v_core.layers import Attention, TransformerBlock
 from t2v_core.pipeline import load
+from t2v_core.transformers import Attention, TransformerBlock
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights import DEMO, load_unet, open_checkpoint
 from t2v_core.weights.networks import prepare
