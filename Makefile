@@ -7,6 +7,7 @@ CONSTRAINTS := .ci/constraints.txt
 OUT ?= outputs
 PORT ?= 8000
 KILLS ?= 200
+LOSSES ?= 20
 DATABASE ?=
 SEED ?= 0
 PROMPT ?= A red circle moving right on a white background.
@@ -14,7 +15,7 @@ PROMPT ?= A red circle moving right on a white background.
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: run cluster test test-fast test-slow chaos lint validate clean
+.PHONY: run cluster test test-fast test-slow chaos chaos-cluster lint validate clean
 
 # Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
@@ -40,6 +41,10 @@ test-slow: $(VENV)/.installed-test
 # Kills parts of a running service at random, for about 15 minutes. KILLS=50 SEED=3 choose others.
 chaos: $(VENV)/.installed-test
 	$(BIN)/python tests/serve/chaos.py --kills $(KILLS) --seed $(SEED)
+
+# Takes nodes away from a cluster of four on this machine at random, for about 6 minutes. LOSSES=50 SEED=3 choose others.
+chaos-cluster: $(VENV)/.installed-test
+	PYTHONPATH=.:tests/serve:tests/cluster $(BIN)/python tests/cluster/chaos_nodes.py --losses $(LOSSES) --seed $(SEED)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

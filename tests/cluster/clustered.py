@@ -97,6 +97,12 @@ class Clustered(Running):
         wait_for(lambda: self.application()["status"] == "RUNNING", within_s, every_s=0.2)
         wait_for(lambda: self.client.get("/readyz").json()["ready"], within_s, every_s=0.2)
 
+    def files(self) -> set[str]:
+        storage = self.config.storage
+        root = f"{storage.artifacts.removeprefix('s3://')}/"
+        store = fsspec.filesystem("s3", **storage.artifact_options, skip_instance_cache=True)
+        return {path.removeprefix(root) for path in store.find(root)}
+
     def completions(self) -> list[str]:
         with psycopg.connect(self.config.storage.database) as connection:
             rows = connection.execute("SELECT job_id FROM outbox WHERE event = 'video.completed'")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from clustered import (
     LONG_S,
-    NOT_NICE,
     Asking,
     CallingJob,
     Clustered,
@@ -24,50 +23,20 @@ from clustered import (
     clustered,
     following_job,
 )
-from running import config, psnr, wait_for
+from four_nodes import GPU, HEAD, app_config, four_nodes
+from running import psnr, wait_for
 
 from cluster.ray_nodes import RayNode, RayNodes
-from serve_app.config import AppConfig
 
 pytestmark = pytest.mark.cluster
 
 STEPS = 20  # about twenty seconds, with four of them on two cores
-GPU = ("--num-cpus=8", '--resources={"gpu": 1}', "--labels=pool=gpu")
-DRAIN_S, HAND_BACK_S = 12, 9
-
-
-def app_config(storage: Storage, **sections: Any) -> AppConfig:
-    on_cpus = {"label_selector": {"pool": "cpu"}}
-    values: dict[str, Any] = {
-        "storage": storage,
-        "text_encoder": on_cpus,
-        "denoiser": {
-            "min_replicas": 2, "max_replicas": 2, "urgent_reserve": 1, "num_threads": 1, "resources": {"gpu": 0.75},
-            "hand_back_s": HAND_BACK_S, "checkpoint_every_s": 1.0,
-        },
-        "decoder": {
-            "min_replicas": 2, "max_replicas": 2, "num_threads": 1, "resources": {"gpu": 0.25},
-            "max_replicas_per_node": 1,
-        },
-        "generator": {"num_replicas": 2, "lease_s": 10.0, **on_cpus},
-        "ingress": {"num_replicas": 2, **on_cpus},
-    }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
-    return config(Path(), **values)
 
 
 @pytest.fixture(scope="module")
 def nodes(folder: Path) -> Iterator[RayNodes]:
-    nodes = RayNodes(folder, {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S), **NOT_NICE})
-    try:
-        nodes.start_head("--num-cpus=0")
-        nodes.start_worker("--num-cpus=8", "--labels=pool=cpu")
-        for _ in range(2):
-            nodes.start_worker(*GPU)
+    with four_nodes(folder) as nodes:
         yield nodes
-    finally:
-        nodes.close()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +125,7 @@ def test_jobs_go_on_while_the_head_is_away_and_all_is_well_after_its_return(serv
     began = time.monotonic()
     service.nodes.nodes[0].kill()  # with the GCS, Serve's controller and the proxy
     wait_for(lambda: service.job(videos[0]).step >= step + 4, LONG_S)
-    head = service.nodes.start_head("--num-cpus=0")
+    head = service.nodes.start_head(*HEAD)
     service.nodes.nodes.insert(0, service.nodes.nodes.pop(service.nodes.nodes.index(head)))
     service.await_ready()
     note("head back", began, service, [])

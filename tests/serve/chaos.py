@@ -63,22 +63,28 @@ def chaos(service: Running, *, kills: int, seed: int, pause_s: tuple[float, floa
     draw, report, began = random.Random(seed), Report(), time.monotonic()
     accepted: list[str] = []
     for _ in range(kills):
-        _fill_up(service, accepted)
+        fill_up(service, accepted)
         time.sleep(draw.uniform(*pause_s))
         part = draw.choice(PARTS)
         if _kill(service, part, draw):
             report.kills[part] += 1
             logger.info("killed: part=%s kills=%d jobs=%d", part, report.kills.total(), len(accepted))
+    finish(service, accepted, report)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def finish(service: Running, accepted: list[str], report: Report) -> None:
+    """Wait until all have ended, and note what became of them."""
     for video_id in accepted:
         service.ended(video_id, within_s=300)
     report.jobs = [service.job(video_id) for video_id in accepted]
     report.completions = service.completions()
     report.orphans = asyncio.run(_orphans(service, report.jobs))
-    report.seconds = time.monotonic() - began
-    return report
 
 
-def _fill_up(service: Running, accepted: list[str]) -> None:
+def fill_up(service: Running, accepted: list[str]) -> None:
+    """Create as many jobs as there should be at a time, whatever is killed meanwhile."""
     live = [v for v in accepted[-2 * _NUM_LIVE :] if wait_for(lambda v=v: service.video(v)["status"]) not in ENDED]
     for _ in range(_NUM_LIVE - len(live)):
         key = uuid.uuid4().hex  # what came of a call whose answer was lost, the next one says
@@ -111,7 +117,7 @@ async def _orphans(service: Running, jobs: list[Job]) -> set[str]:
     """Files that are left though no job names them, once the sweeper has been."""
     storage = service.config.storage
     store = await JobStore.open(storage.database)
-    await sweep(store, ArtifactStore(storage.artifacts), min_age_s=0.0)
+    await sweep(store, ArtifactStore(storage.artifacts, storage.artifact_options), min_age_s=0.0)
     await store.close()
     folders = {f"{job.id}/{job.fence}" for job in jobs if job.artifacts}
     return {path for path in service.files() if str(Path(path).parent) not in folders}
