@@ -6,14 +6,13 @@ cluster/serve/local.yaml says the same.
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from t2v_core.config import MAX_CACHED_STEPS, Precision
+from t2v_core.config import MAX_CACHED_STEPS, DType, Precision
 from t2v_core.errors import InvalidRequest
 
-DType = Literal["fp32", "bf16", "fp16"]
 # Serve gives a deployment up whose replicas fail to start three times: one that waits for its database does not.
 DATABASE_PATIENCE_S = 300.0
 _MIN_SECRET = 16

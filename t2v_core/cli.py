@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from t2v_core.config import MAX_CACHED_STEPS, GenerationDefaults, ModelConfig, Precision, SamplerName
+from t2v_core.config import MAX_CACHED_STEPS, DType, GenerationDefaults, ModelConfig, Precision, SamplerName
 from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
 from t2v_core.media import VideoFormat, check_encoding, video_format_of
 from t2v_core.params import GenerationParams, Settings, resolve
@@ -27,7 +27,6 @@ from t2v_core.weights import DEMO, open_checkpoint
 from t2v_core.weights import convert as convert_checkpoint
 from t2v_core.weights.random_init import TINY, write_random_checkpoint
 
-DType = Literal["fp32", "bf16", "fp16"]
 _CANCELLED = 130  # what shells expect of a program that Ctrl-C ended
 
 app = typer.Typer(

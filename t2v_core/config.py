@@ -6,6 +6,7 @@ The default values are those of ModelScope's 1.7 B model.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+DType = Literal["fp32", "bf16", "fp16"]
 # Of the UNet's products: as they are, or those after a norm by numbers of 8 bits (see `kernels.fp8`), not quite exact.
 Precision = Literal["exact", "fp8"]
 MAX_CACHED_STEPS = 9  # in a row: see `denoising.denoise_step`

@@ -43,18 +43,18 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         """Lay the three projections of one input side by side, for one product. Their names stay, as parts of it."""
         if not self._has_context:
-            projections = self.to_q, self.to_k, self.to_v
-            self.fused = torch.cat([projection.weight.detach() for projection in projections])
-            for projection, part in zip(projections, self.fused.chunk(3), strict=True):
-                projection.weight = nn.Parameter(part, requires_grad=False)
+            self._set_fused(torch.cat([layer.weight.detach() for layer in (self.to_q, self.to_k, self.to_v)]))
 
     def quantise(self) -> None:
         """Let the projections of x have fp8: of a context, there are too few for it to matter."""
         if self.fused is None:
             quantise(self.to_q)
-            return
-        self.fused = quantised(self.fused)
-        for projection, part in zip((self.to_q, self.to_k, self.to_v), self.fused.chunk(3), strict=True):
+        else:
+            self._set_fused(quantised(self.fused))
+
+    def _set_fused(self, fused: Tensor) -> None:
+        self.fused = fused
+        for projection, part in zip((self.to_q, self.to_k, self.to_v), fused.chunk(3), strict=True):
             projection.weight = nn.Parameter(part, requires_grad=False)
 
     @property

@@ -86,7 +86,7 @@ class Engine:
         self._cached_steps = cached_steps
         self._runs_ahead = next(unet.parameters()).is_cuda if runs_ahead is None else runs_ahead
         self._launched: deque[Launched] = deque()  # first the step that the device is at
-        self._ended_s = clock()  # the last step that did
+        self._ended_s = clock()  # when the newest of the steps that have ended did
         self._step_s: dict[tuple[LatentShape, int], float] = {}  # of the last step of so many rows, as the device says
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0

@@ -28,6 +28,11 @@ def quantise(*layers: nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
         layer.weight = nn.Parameter(quantised(layer.weight), requires_grad=False)
 
 
+def scale_of(weight: Tensor) -> float:
+    """What a product with this weight is multiplied by, in the end."""
+    return 1.0 / WEIGHT_SCALE if weight.dtype == FP8 else 1.0
+
+
 def dtype_for(weight: Tensor) -> torch.dtype | None:
     """What a product with this weight must be given: fp8, or None for what there is."""
     return FP8 if weight.dtype == FP8 else None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v_core.kernels import plain
-from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE
+from t2v_core.kernels.fp8 import FP8, scale_of
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
 HOPPER = (9, 0)  # compute capability of the first with a copy engine for boxes of tensors
@@ -128,7 +128,7 @@ def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return F.linear(x, weight)
     if not _has_copy_engine(x) or any(size % _SCALED_PRODUCT_SIZES for size in weight.shape):
         return plain.linear(x, weight, dtype)
-    one, scale = _scalar(1.0, x.device), _scalar(1.0 / WEIGHT_SCALE, x.device)
+    one, scale = _scalar(1.0, x.device), _scalar(scale_of(weight), x.device)
     rows = x.flatten(0, -2)
     out = torch._scaled_mm(rows, weight.t(), one, scale, out_dtype=dtype, use_fast_accum=True)
     return out.unflatten(0, x.shape[:-1])

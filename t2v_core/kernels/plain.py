@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE, to_fp8
+from t2v_core.kernels.fp8 import FP8, scale_of, to_fp8
 
 
 def group_norm(
@@ -161,4 +161,4 @@ def _as(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _weight(quantised: Tensor, dtype: torch.dtype) -> Tensor:
-    return quantised.to(dtype) / WEIGHT_SCALE
+    return quantised.to(dtype) * scale_of(quantised)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE
+from t2v_core.kernels.fp8 import FP8, scale_of
 
 _BLOCK_M, _BLOCK_N, _NUM_STAGES = 128, 128, 3
 _BLOCK_K_BYTES = 128  # a row of the copy engine's boxes; where channels are no multiple of it, half of that
@@ -31,7 +31,6 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     last = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
     return (
         x.dtype == weight.dtype != torch.float32
-        and x.shape[-1] * x.element_size() % (_BLOCK_K_BYTES // 2) == 0
         and x.shape[-1] % 64 == 0
         and len(weight) % 8 == 0
         and weight.is_contiguous(memory_format=last)
@@ -70,7 +69,8 @@ def _conv(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         TensorDescriptor.from_tensor(x.contiguous(), [*box, block_k]),
         TensorDescriptor.from_tensor(taps, [_BLOCK_N, block_k]),
         TensorDescriptor.from_tensor(out, [*box, _BLOCK_N]),
-        tiles[1], tiles[2], channels, 1.0 / WEIGHT_SCALE if x.dtype == FP8 else 1.0,
+        tiles[1], tiles[2], channels,
+        SCALE=scale_of(weight),
         TAPS_Y=taps_y, TAPS_X=taps_x, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], BLOCK_N=_BLOCK_N, BLOCK_K=block_k,
         num_warps=8 if channels >= _WIDE else 4, num_stages=_NUM_STAGES,
     )  # fmt: skip
@@ -91,7 +91,8 @@ def _box(images: int, height: int, width: int) -> Box:
 
 @triton.jit
 def _conv_tile(
-    x, weight, out, tiles_y, tiles_x, channels, scale,
+    x, weight, out, tiles_y, tiles_x, channels,
+    SCALE: tl.constexpr,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -105,4 +106,4 @@ def _conv_tile(
         y, x_ = top + tap // TAPS_X - TAPS_Y // 2, left + tap % TAPS_X - TAPS_X // 2
         pixels = x.load([image, y, x_, step % steps_of_tap * BLOCK_K]).reshape(BOX_N * BOX_H * BOX_W, BLOCK_K)
         total = tl.dot(pixels, weight.load([channel, step * BLOCK_K]).T, total)
-    out.store([image, top, left, channel], (total * scale).to(out.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
+    out.store([image, top, left, channel], (total * SCALE).to(out.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE
+from t2v_core.kernels.fp8 import scale_of
 
 # Two programs share a processor, so that one gates while the other multiplies; of short products, three.
 _BLOCK_M, _BLOCK_N, _GROUP_M, _NUM_WARPS = 128, 64, 8, 4
@@ -35,8 +35,8 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
         TensorDescriptor.from_tensor(x_rows, [_BLOCK_M, block_k]),
         TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, _BLOCK_N, block_k]),
         TensorDescriptor.from_tensor(out_rows, [_BLOCK_M, _BLOCK_N]),
-        proj.bias, len(x_rows), inner, width, 1.0 / WEIGHT_SCALE if x.dtype == FP8 else 1.0,
-        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=block_k, GROUP_M=_GROUP_M,
+        proj.bias, len(x_rows), inner, width,
+        SCALE=scale_of(proj.weight), BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=block_k, GROUP_M=_GROUP_M,
         num_warps=_NUM_WARPS, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None,
     )  # fmt: skip
     return out
@@ -44,8 +44,8 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def _geglu(
-    x, weight, out, bias, rows, inner, width, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x, weight, out, bias, rows, inner, width,
+    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together share rows and columns of the operands (as in Triton's tutorial on products).
     program = tl.program_id(0)
@@ -58,7 +58,7 @@ def _geglu(
     both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for k in range(0, width, BLOCK_K):
         both = tl.dot(x.load([m, k]), weight.load([0, n, k]).reshape(2 * BLOCK_N, BLOCK_K).T, both)
-    value, gate = (both * scale).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+    value, gate = (both * SCALE).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
     column = n + tl.arange(0, BLOCK_N)
     is_column = column < inner
     value += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
