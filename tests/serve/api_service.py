@@ -106,7 +106,8 @@ class Work:
         assert not beat.lost
         return set(beat.cancel_requested)
 
-    async def complete(self) -> None:
+    async def complete(self, *, or_cancelled: bool = False) -> None:
+        """End it with its files. The store refuses that of a job whose cancelling was asked for meanwhile."""
         artifacts: dict[str, Artifact] = {}
         for name, data, media_type in [
             ("video.mp4", self.files.video, "video/mp4"),
@@ -115,7 +116,8 @@ class Work:
         ]:
             path = f"{self.job.id}/{self.job.fence}/{name}"
             artifacts[name.partition(".")[0]] = await self.artifacts.put(path, data, media_type)
-        assert await self.jobs.complete(self.job.id, self.job.fence, artifacts, expires_in_s=3600)
+        completed = await self.jobs.complete(self.job.id, self.job.fence, artifacts, expires_in_s=3600)
+        assert completed or or_cancelled
 
     async def fail(self) -> None:
         assert await self.jobs.fail(self.job.id, self.job.fence, "generation_failed", "values were not finite")
@@ -178,7 +180,7 @@ class Service:
             if work.job.id in await work.step(step):
                 await work.cancelled()
                 return
-        await work.complete()
+        await work.complete(or_cancelled=True)
 
 
 @asynccontextmanager
