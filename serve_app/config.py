@@ -84,8 +84,9 @@ class DenoiserConfig(Scaling):
 
     `precision`: "fp8" is faster on Hopper GPUs, and not quite exact; `cached_steps`: so many in a row reuse coarse
     features, which is faster anywhere, and less exact (docs/performance.md says how much of both).
-    `profile`: a file of the engine's measured step times; without one it is measured at the start on a GPU. `warm_up`:
-    sizes, (num_frames, height, width), of which no request shall be the first; the model's own is always among them.
+    `profile`: a file of the engine's measured step times, written where it is missing or of another kind of denoiser;
+    without one they are measured at each start on a GPU. `warm_up`: sizes, (num_frames, height, width), of which no
+    request shall be the first; the model's own is always among them.
     `hand_back_s`: so long before its node goes, where that is announced, a denoiser hands its videos to the others.
     """
 

@@ -185,9 +185,15 @@ class Denoiser:
         await asyncio.to_thread(self._thread.close)
 
     def _profile(self, unet: NoisePredictor, weights: Weights) -> Profile | None:
-        """Measured step times, from the file or on the GPU now. Either way the network is warm afterwards."""
+        """Measured step times, from the file or on the GPU now. Either way the network is warm afterwards.
+
+        A file of another device, dtype or precision counts as none, and is written anew.
+        """
         path = self._config.profile
         known = Profile.load(path) if path is not None and path.exists() else None
+        if known is not None and not known.is_of(unet):
+            logger.warning("profile %s: is of %s with %s, not of this denoiser", path, known.device, known.dtype)
+            known = None
         if self._device.type == "cpu":
             return known
         defaults = weights.config.defaults

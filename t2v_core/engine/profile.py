@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,13 +37,17 @@ class Measurement(BaseModel):
 
 
 class Profile(BaseModel):
-    """What was measured on one kind of device."""
+    """What was measured on one kind of device, of a UNet with weights of these types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str
     dtype: str
     measurements: tuple[Measurement, ...] = Field(min_length=1)
+
+    def is_of(self, unet: NoisePredictor) -> bool:
+        """Whether it was measured with such weights on such a device: another's step times say nothing here."""
+        return (self.device, self.dtype) == (_device_name(unet), _dtype_names(unet))
 
     def rows_for(self, shape: LatentShape, share: float = 1.0) -> int:
         """The fewest rows that give this share of the best throughput.
@@ -81,7 +86,10 @@ class Profile(BaseModel):
         return largest.memory_bytes / largest.volume or None
 
     def save(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=1))
+        """Whole or not at all: several replicas may write it, and others read it meanwhile."""
+        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        partial.write_text(self.model_dump_json(indent=1))
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Profile":
@@ -122,7 +130,6 @@ def measure(
 
     Of 1 + `repeats` calls of each kind the first counts only where it is the only one.
     """
-    parameter = next(unet.parameters())
     measurements: list[Measurement] = []
     for shape in shapes:
         best, in_vain = 0.0, 0
@@ -138,7 +145,7 @@ def measure(
             best = max(best, throughput)
     if not measurements:
         raise OutOfMemory(f"{shapes[0]}: not one row of it fits into memory; use a smaller size or half precision")
-    return Profile(device=_device_name(parameter.device), dtype=str(parameter.dtype), measurements=tuple(measurements))
+    return Profile(device=_device_name(unet), dtype=_dtype_names(unet), measurements=tuple(measurements))
 
 
 def warm_up(
@@ -214,5 +221,11 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(unet: NoisePredictor) -> str:
+    device = next(unet.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _dtype_names(unet: NoisePredictor) -> str:
+    """All that its weights have: more than one where some are in fp8."""
+    return ", ".join(sorted({str(parameter.dtype) for parameter in unet.parameters()}))

@@ -8,6 +8,7 @@ from t2v_core.engine.batching import Demand, Group
 from t2v_core.engine.memory import peak_bytes
 from t2v_core.engine.profile import Measurement
 from t2v_core.errors import InvalidProfile, OutOfMemory
+from t2v_core.pipeline import load
 from t2v_core.shapes import LatentShape
 
 SHAPE = LatentShape(4, 16, 32, 32)
@@ -122,6 +123,14 @@ def test_measuring_the_real_network_stops_where_memory_ends(tiny_pipeline):
     assert (profile.device, profile.dtype) == ("cpu", "torch.float32")
     assert profile.rows_for(shape, 0.9) in (1, 4)
     assert RowBudgets(profile).step_s(shape, 1) > 0
+
+
+def test_a_profile_is_of_one_device_and_precision(tiny_checkpoint):
+    exact, fp8 = (load(tiny_checkpoint, device="cpu", precision=precision).unet for precision in ("exact", "fp8"))
+    profile = measure(exact, [LatentShape(4, 2, 4, 4)], rows=(1,), repeats=0)
+    assert profile.is_of(exact)
+    assert not profile.is_of(fp8)
+    assert not profile.model_copy(update={"device": "NVIDIA H100"}).is_of(exact)
 
 
 def test_warming_up_calls_the_network_with_the_rows_that_steps_will_have(tiny_pipeline):
