@@ -8,16 +8,21 @@ Denoiser does (--max-ongoing), and each is decoded when its steps are done, and 
 threads beside the next steps. The two take turns, --rounds times; the figures are medians. Then videos come one by one,
 each when the last is made: seconds from request to stored mp4, seen by polling every 10 ms.
 
-    python load_tests/bench_service.py http://127.0.0.1:8000 --http-only --num-jobs 32
+    python load_tests/bench_service.py http://127.0.0.1:8000 --http-only --num-jobs 32 --num-singles 0
 
-measures no engine, but how many videos a second come through HTTP: of one replica, and of several.
+measures no engine, but how many videos a second come through HTTP: of one replica, and of several. --results adds a
+line of JSON to a file.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import httpx2
 
@@ -26,52 +31,85 @@ from t2v_core.pictures import encode_spritesheet, encode_thumbnail
 from t2v_core.pipeline import Pipeline, load
 from t2v_core.video import Video
 
-_SINGLE_VIDEOS = 10
 _SINGLE_POLL_S = 0.01
 PROMPT = "A red circle moving right on a white background."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("url", help="of a service that nobody else uses")
-    parser.add_argument("--model", default="demo", help="that the service serves")
-    parser.add_argument("--num-jobs", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-ongoing", type=int, default=2, help="videos at a time, as the service's denoiser has it")
-    parser.add_argument("--steps", type=int, help="by default the model's own")
-    parser.add_argument("--single-steps", type=int, default=50, help="of the videos that come one by one")
-    parser.add_argument("--http-only", action="store_true", help="only the throughput through HTTP")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     settings = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
-    if arguments.http_only:
-        with httpx2.Client(base_url=arguments.url, timeout=60) as client:
-            _through_http(client, arguments.num_jobs, settings)
-            seconds = [_through_http(client, arguments.num_jobs, settings) for _ in range(arguments.rounds)]
-        rate = arguments.num_jobs / statistics.median(seconds)
-        sys.stdout.write(f"{arguments.num_jobs} videos through HTTP: {rate:.3f} a second ({seconds})\n")
-        return
-    pipeline = load(arguments.model)
-    budgets = _budgets(pipeline, arguments.max_ongoing)
     with httpx2.Client(base_url=arguments.url, timeout=60) as client:
-        for num_jobs in (1, arguments.num_jobs):  # neither is timed cold
+        for num_jobs in (1, arguments.num_jobs):  # not timed cold
             _through_http(client, num_jobs, settings)
-            _alone(pipeline, budgets, num_jobs, arguments.max_ongoing, settings)
-        alone, served = [], []
+        alone = None if arguments.http_only else Alone(arguments.model, arguments.max_ongoing, settings)
+        if alone is not None:
+            alone.seconds(arguments.num_jobs)
+        served_s, alone_s = [], []
         for _ in range(arguments.rounds):
-            alone.append(_alone(pipeline, budgets, arguments.num_jobs, arguments.max_ongoing, settings))
-            served.append(_through_http(client, arguments.num_jobs, settings))
-            sys.stdout.write(f"alone {alone[-1]:.2f} s, through HTTP {served[-1]:.2f} s\n")
-        alone_settings = {"num_inference_steps": arguments.single_steps}
-        single = [_through_http(client, 1, alone_settings, _SINGLE_POLL_S) for _ in range(_SINGLE_VIDEOS)]
-    ratio = statistics.median(alone) / statistics.median(served)
-    sys.stdout.write(
-        f"{arguments.num_jobs} videos: alone {statistics.median(alone):.2f} s, through HTTP "
-        f"{statistics.median(served):.2f} s: {ratio:.1%} of the throughput\n"
-    )
-    sys.stdout.write(
-        f"one video of {arguments.single_steps} steps: {statistics.median(single):.2f} s from request to stored mp4 "
-        f"(least {min(single):.2f})\n"
-    )
+            served_s.append(_through_http(client, arguments.num_jobs, settings))
+            if alone is not None:
+                alone_s.append(alone.seconds(arguments.num_jobs))
+        single_settings = {"num_inference_steps": arguments.single_steps}
+        single_s = [_through_http(client, 1, single_settings, _SINGLE_POLL_S) for _ in range(arguments.num_singles)]
+    measured = Measured(arguments.name, arguments.num_jobs, served_s, alone_s, arguments.single_steps, single_s)
+    sys.stdout.write(measured.report())
+    if arguments.results is not None:
+        with arguments.results.open("a") as results:
+            results.write(json.dumps(asdict(measured)) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds: of all videos at once, through HTTP and by the engine alone, and of single ones."""
+
+    name: str
+    num_jobs: int
+    served_s: list[float]
+    alone_s: list[float]
+    single_steps: int
+    single_s: list[float]
+
+    def report(self) -> str:
+        """A few lines."""
+        served_s = statistics.median(self.served_s)
+        rate = self.num_jobs / served_s
+        lines = [f"{self.name}: {self.num_jobs} videos through HTTP: {served_s:.2f} s, {rate:.3f} a second"]
+        if self.alone_s:
+            alone_s = statistics.median(self.alone_s)
+            lines.append(f"the engine alone: {alone_s:.2f} s; HTTP has {alone_s / served_s:.1%} of its throughput")
+        if self.single_s:
+            single_s = statistics.median(self.single_s)
+            lines.append(
+                f"one video of {self.single_steps} steps: {single_s:.2f} s from request to stored mp4 "
+                f"(least {min(self.single_s):.2f})"
+            )
+        return "\n".join(lines) + "\n"
+
+
+class Alone:
+    """An engine in this process, on the same GPU."""
+
+    def __init__(self, model: str, max_ongoing: int, settings: Mapping[str, int]) -> None:
+        self._pipeline, self._max_ongoing, self._settings = load(model), max_ongoing, settings
+        self._budgets = _budgets(self._pipeline, max_ongoing)
+
+    def seconds(self, num_jobs: int) -> float:
+        """For so many videos, encoded and all."""
+        engine = Engine(self._pipeline.unet, self._budgets)
+        params = {str(seed): self._pipeline.params(PROMPT, seed=seed, **self._settings) for seed in range(num_jobs)}
+        waiting = list(params)
+        began = time.perf_counter()
+        with ThreadPoolExecutor(2) as encoding:
+            while waiting or len(engine):
+                while waiting and len(engine) < self._max_ongoing:
+                    name = waiting.pop(0)
+                    engine.add(Request(name, self._pipeline.prepare(params[name])))
+                time.sleep(engine.pause_s())
+                for event in engine.advance():
+                    if isinstance(event, Finished):
+                        frames = self._pipeline.decode(event.trajectory.latents)
+                        encoding.submit(_encode, Video(frames, params[event.id], self._pipeline.name))
+        return time.perf_counter() - began
 
 
 def _budgets(pipeline: Pipeline, max_ongoing: int) -> RowBudgets:
@@ -82,25 +120,6 @@ def _budgets(pipeline: Pipeline, max_ongoing: int) -> RowBudgets:
     return RowBudgets(profile, free_bytes=free_memory_bytes(pipeline.device))
 
 
-def _alone(pipeline: Pipeline, budgets: RowBudgets, num_jobs: int, max_ongoing: int, settings: dict[str, int]) -> float:
-    """Seconds for all videos by an engine of our own."""
-    engine = Engine(pipeline.unet, budgets)
-    params = {str(seed): pipeline.params(PROMPT, seed=seed, **settings) for seed in range(num_jobs)}
-    waiting = list(params)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(2) as encoding:
-        while waiting or len(engine):
-            while waiting and len(engine) < max_ongoing:
-                name = waiting.pop(0)
-                engine.add(Request(name, pipeline.prepare(params[name])))
-            time.sleep(engine.pause_s())
-            for event in engine.advance():
-                if isinstance(event, Finished):
-                    frames = pipeline.decode(event.trajectory.latents)
-                    encoding.submit(_encode, Video(frames, params[event.id], pipeline.name))
-    return time.perf_counter() - began
-
-
 def _encode(video: Video) -> None:
     """All that the service stores of a video."""
     video.encode()
@@ -108,7 +127,7 @@ def _encode(video: Video) -> None:
     encode_spritesheet(video.frames)
 
 
-def _through_http(client: httpx2.Client, num_jobs: int, settings: dict[str, int], poll_s: float = 0.25) -> float:
+def _through_http(client: httpx2.Client, num_jobs: int, settings: Mapping[str, int], poll_s: float = 0.25) -> float:
     """Seconds from the first request until the last video is made."""
     began = time.perf_counter()
     waiting = []
@@ -125,6 +144,22 @@ def _through_http(client: httpx2.Client, num_jobs: int, settings: dict[str, int]
         else:
             time.sleep(poll_s)
     return time.perf_counter() - began
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("url", help="of a service that nobody else uses")
+    parser.add_argument("--model", default="demo", help="that the service serves")
+    parser.add_argument("--num-jobs", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-ongoing", type=int, default=2, help="videos at a time, as the service's denoiser has it")
+    parser.add_argument("--steps", type=int, help="by default the model's own")
+    parser.add_argument("--num-singles", type=int, default=10, help="videos that come one by one")
+    parser.add_argument("--single-steps", type=int, default=50, help="of these")
+    parser.add_argument("--http-only", action="store_true", help="no engine of its own")
+    parser.add_argument("--results", type=Path, help="a file that gets a line of JSON")
+    parser.add_argument("--name", default="the service", help="in the results")
+    return parser
 
 
 if __name__ == "__main__":

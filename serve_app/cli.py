@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,6 +122,7 @@ def _serve(
     import ray
     from ray import serve
 
+    from serve_app import starting
     from serve_app.app import build
 
     started = time.monotonic()
@@ -132,11 +134,13 @@ def _serve(
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
+        starting.check_fits(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     try:
         with console.status(f"Starting {config.model}"):
-            _run(build(config))
+            tell = partial(console.print, markup=False, soft_wrap=True, highlight=False)
+            starting.run(build(config), _APP_NAME, tell)
         console.print(f"{url}: the page, and the API under /v1 ({time.monotonic() - started:.0f} s)", highlight=False)
         if first_prompt is not None:
             _make_first(console, url, first_prompt, first_output, os.environ.get("T2V_KEY"))
@@ -149,24 +153,6 @@ def _serve(
         with console.status("Stopping"):
             serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
-
-
-def _run(application: Any) -> None:  # Any: Ray is not imported for its types alone
-    """Raises Unavailable, with what each deployment said, where they do not start."""
-    from ray import serve
-
-    from serve_app.errors import Unavailable
-
-    try:
-        serve.run(application, name=_APP_NAME, blocking=False)
-    except RuntimeError as error:
-        deployments = serve.status().applications[_APP_NAME].deployments
-        last_lines = [deployment.message.strip().splitlines()[-1:] for deployment in deployments.values()]
-        reasons = dict.fromkeys(line for lines in last_lines for line in lines)  # each but once
-        raise Unavailable(
-            f"the service did not start ({'; '.join(reasons) or error}): all that it said is in "
-            "/tmp/ray/session_latest/logs/serve"
-        ) from error
 
 
 def _make_first(console: Console, url: str, prompt: str, output: Path, key: str | None) -> None:

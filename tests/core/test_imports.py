@@ -194,9 +194,10 @@ SERVICE_ALLOWED = {
         "webhooks",
     },
     "app": {"config", "decoder", "denoiser", "generator", "ingress", "text_encoder"},
+    "starting": {"config", "errors"},
     "client": set(),
     "commands": {"client"},
-    "cli": {"app", "client", "commands", "config", "errors", "webhooks"},
+    "cli": {"app", "client", "commands", "config", "starting", "webhooks"},
 }
 # The same of cluster, which checks what is deployed and is no part of it.
 CLUSTER_ALLOWED = {
@@ -233,6 +234,7 @@ LIBRARIES = {
         "generator",
         "ingress",
         "app",
+        "starting",
         "cli",
         "draining",
         "origin",

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
-from running import Running, config, free_port, ray_started, running, wait_for
+from running import Running, config, free_port, kill_tree, ray_started, running, wait_for
 
 pytestmark = pytest.mark.service
 
@@ -48,7 +48,7 @@ def test_after_a_restart_of_everything_queued_jobs_are_there_and_running_ones_ar
         service.config = app_config
         videos = [service.create(seed=seed, num_inference_steps=10) for seed in range(3)]
         service.at_step(videos[0], 3)
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
     with _served(file) as (service, _):
         service.config = app_config
         assert [service.ended(video)["status"] for video in videos] == ["completed"] * 3
@@ -88,18 +88,3 @@ def _served(file: Path):
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
-
-
-def _kill_tree(pid: int) -> None:
-    """Kill a process with all that it has started, at once, as a power cut would."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    tree = [pid]
-    for parent in tree:
-        tree += [child for child, of in parents.items() if of == parent]
-    for member in tree:
-        os.kill(member, signal.SIGKILL)

@@ -1,0 +1,59 @@
+"""What `t2v serve` says of a file that this machine cannot hold, or that keeps it waiting."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from running import free_port, kill_tree
+
+from serve_app.config import AppConfig
+from serve_app.starting import check_fits
+from t2v_core.errors import InvalidRequest
+
+
+def test_the_fewest_replicas_are_what_must_fit():
+    config = AppConfig.model_validate(
+        {
+            "denoiser": {"num_gpus": 0.75, "min_replicas": 2, "max_replicas": 9, "num_cpus": 1},
+            "decoder": {"num_gpus": 0.25, "min_replicas": 0, "num_cpus": 1},
+            "text_encoder": {"num_cpus": 0.5},
+            "generator": {"num_cpus": 0.5, "num_replicas": 2},
+            "ingress": {"num_cpus": 0, "resources": {"front": 1}},
+        }
+    )
+    check_fits(config, {"CPU": 3.5, "GPU": 1.5, "front": 1.0})
+    for short, message in [
+        ({"CPU": 3.0}, r"takes 3.5 CPU \(text_encoder 0.5, denoiser 2, generator 1\), and this machine has 3;"),
+        ({"GPU": 1.0}, r"takes 1.5 GPU \(denoiser 1.5\)"),
+        ({"front": 0.0}, r"takes 1 front \(ingress 1\), and this machine has 0; ask for less"),
+    ]:
+        with pytest.raises(InvalidRequest, match=message):
+            check_fits(config, {"CPU": 3.5, "GPU": 1.5, "front": 1.0} | short)
+
+
+def test_shares_that_add_up_but_for_rounding_fit():
+    stages = {stage: {"num_cpus": 0.1} for stage in ("text_encoder", "decoder", "generator", "ingress")}
+    config = AppConfig.model_validate(stages | {"denoiser": {"num_cpus": 0.6}})
+    check_fits(config, {"CPU": 1.0})
+
+
+@pytest.mark.service
+def test_what_it_waits_for_is_told(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("text_encoder: {label_selector: {pool: none}}")
+    command = ["-m", "serve_app.cli", "serve", "--port", str(free_port()), "--config", str(file)]
+    soon = {f"RAY_SERVE_SLOW_STARTUP_WARNING_{name}": "1" for name in ("S", "PERIOD_S")}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stderr=subprocess.PIPE,
+        env={**os.environ, **soon},
+        cwd=tmp_path,
+        text=True,
+    )
+    try:
+        line = next(line for line in process.stderr if "scheduled" in line)
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+    assert "'TextEncoder'" in line
