@@ -72,7 +72,7 @@ def _conv(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         tiles[1], tiles[2], channels,
         SCALE=scale_of(weight),
         TAPS_Y=taps_y, TAPS_X=taps_x, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], BLOCK_N=_BLOCK_N, BLOCK_K=block_k,
-        num_warps=8 if channels >= _WIDE else 4, num_stages=_NUM_STAGES,
+        num_warps=8 if channels >= _WIDE else 4, num_stages=_NUM_STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

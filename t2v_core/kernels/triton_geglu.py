@@ -37,7 +37,7 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
         TensorDescriptor.from_tensor(out_rows, [_BLOCK_M, _BLOCK_N]),
         proj.bias, len(x_rows), inner, width,
         SCALE=scale_of(proj.weight), BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=block_k, GROUP_M=_GROUP_M,
-        num_warps=_NUM_WARPS, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None,
+        num_warps=_NUM_WARPS, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -81,7 +81,7 @@ def _group_norm(
             x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
             **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
             BLOCK_P=triton.next_power_of_2(positions),
-            num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8,
+            num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8, enable_fp_fusion=True,
         )  # fmt: skip
         return total, out
 
@@ -96,18 +96,18 @@ def _group_norm(
     _sums[(num_c, chunks, samples)](
         x, second, added, total, sums, *sizes, chunk, chunks, *offset_at,
         **flags, HAS_OFFSET=offset is not None, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS,
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _scales[(samples, norm.num_groups)](
         sums, added, norm.weight, norm.bias, scales, positions, channels, norm.eps, chunks, *offset_at,
         HAS_OFFSET=offset is not None and delta is None, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
         BLOCK_N=triton.next_power_of_2(chunks),
-        num_warps=2,
+        num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     _apply[(num_c * triton.cdiv(positions, block_p), samples)](
         total, second, scales, out, *sizes,
         HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS,
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return total, out
 

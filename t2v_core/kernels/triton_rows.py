@@ -34,7 +34,7 @@ def add(x: Tensor, delta: Tensor, offset: Tensor) -> Tensor:
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, _TILE_VALUES // block_c)
     _add[(triton.cdiv(rows, block_r),)](
-        x, delta, offset, out, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
+        x, delta, offset, out, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True
     )
     return out
 
@@ -49,8 +49,9 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, _TILE_VALUES // block_c)
     _join_quarters[(triton.cdiv(rows, block_r),)](
-        corners, bias, out, rows, height, width, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
-    )
+        corners, bias, out, rows, height, width, channels, BLOCK_R=block_r, BLOCK_C=block_c,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 
@@ -68,7 +69,7 @@ def _layer_norm(
     _normalise[(triton.cdiv(rows, block_r),)](
         x, x if delta is None else delta.contiguous(), offset, norm.weight, norm.bias, total, out,
         rows, channels, total.stride(-2), norm.eps,
-        HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+        HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return total, out
 

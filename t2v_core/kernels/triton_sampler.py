@@ -17,7 +17,7 @@ def sampler_update(
     next_latents, next_history = torch.empty_like(latents), torch.empty_like(history)
     _update[(triton.cdiv(size, _BLOCK), len(latents))](
         latents, eps, history, latents if noise is None else noise.contiguous(), rows, next_latents, next_history, size,
-        rows.stride(0), HAS_NOISE=noise is not None, BLOCK=_BLOCK, num_warps=4,
+        rows.stride(0), HAS_NOISE=noise is not None, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return next_latents, next_history
 

@@ -29,7 +29,7 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     _attend[grid](
         qkv, out, f, h * w, inner, (inner // heads) ** -0.5,
         HEAD_DIM=inner // heads, BLOCK_F=block_f, BLOCK_P=block_p,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,115 @@
+"""All that the released networks call compiles for a Hopper GPU, whether or not there is one: nothing is run.
+
+The networks are called without memory (on the meta device), and Triton is told that it has an H100.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t2v_core import transformers
+from t2v_core.autoencoder import Autoencoder
+from t2v_core.config import ModelConfig
+from t2v_core.kernels import fp8, ops
+from t2v_core.unet3d import UNet3D
+from t2v_core.weights.networks import Fusible, Quantisable
+
+triton = pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
+compiler = pytest.importorskip("triton.backends.compiler")
+jit = pytest.importorskip("triton.runtime.jit")
+
+SHARED_BYTES = 227 << 10  # of a processor, that one program can have
+MOST_STACK_BYTES = 32  # a thread; eight registers
+NORMS = {"_whole_groups", "_sums", "_scales", "_apply", "_normalise"}
+UNET = NORMS | {"_geglu", "_attend", "_add", "_join_quarters"}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels by name, as they are called for."""
+    h100 = SimpleNamespace(
+        get_current_target=lambda: compiler.GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 99,  # no other's kernels are among its
+        get_current_stream=lambda device: 0,
+    )
+    kernels, run = {}, jit.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels.setdefault(self.__name__, set()).add(kernel)
+        return kernel
+
+    monkeypatch.setattr(jit.JITFunction, "run", compile_only)
+    monkeypatch.setattr(ops, "_runs_triton", lambda x: x.dtype in ops._DTYPES)
+    monkeypatch.setattr(ops, "_has_copy_engine", lambda x: x.dtype in ops._DTYPES)
+    monkeypatch.setattr(ops, "_scalar", lambda value, device: torch.empty((), device=device))
+    for module in (fp8, transformers):  # which look at the weights' values, and there are none
+        monkeypatch.setattr(module, "quantised", lambda weight: weight.to(fp8.FP8))
+    monkeypatch.setattr(triton.runtime.driver, "_active", h100)
+    with torch.inference_mode():
+        yield kernels
+
+
+def prepared(network: type[nn.Module], config: object, *, in_fp8: bool = False) -> nn.Module:
+    """As `weights.networks.prepare` does it on a GPU."""
+    with torch.device("meta"):
+        built = network(config).half().eval().requires_grad_(False)
+    for module in built.modules():
+        if isinstance(module, Fusible):
+            module.fuse()
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.to(memory_format=torch.channels_last)
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.to(memory_format=torch.channels_last_3d)
+    for module in built.modules():
+        if in_fp8 and isinstance(module, Quantisable):
+            module.quantise()
+    return built
+
+
+def draw(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def check(kernels: dict, names: set[str], folder: Path) -> None:
+    """Each fits into a processor, and keeps its registers there, but for a few."""
+    assert kernels.keys() == names
+    cubin = folder / "kernel.cubin"
+    for name, variants in kernels.items():
+        for kernel in variants:
+            assert kernel.metadata.shared <= SHARED_BYTES, name
+            cubin.write_bytes(kernel.asm["cubin"])
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+            usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+            assert int(re.findall(r"STACK:(\d+)", usage)[0]) <= MOST_STACK_BYTES, name
+
+
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["exact", "fp8"])
+def test_the_unet(compiled, in_fp8, tmp_path):
+    unet = prepared(UNet3D, ModelConfig().unet, in_fp8=in_fp8)
+    for num_videos in (1, 8):
+        rows = torch.arange(num_videos, device="meta").repeat(2)
+        text = unet.read_text(draw(2 * num_videos, 77, 1024))
+        eps = unet(draw(num_videos, 4, 16, 32, 32), draw(num_videos, dtype=torch.float32), text, rows)
+        assert eps.shape == (2 * num_videos, 4, 16, 32, 32)
+    check(compiled, UNET | {"_conv_tile"}, tmp_path)
+
+
+def test_the_decoder(compiled, tmp_path):
+    autoencoder = prepared(Autoencoder, ModelConfig().autoencoder)
+    frames = torch.cat(list(autoencoder.decode_chunks(draw(4, 16, 32, 32))))
+    assert frames.shape == (16, 3, 256, 256)
+    check(compiled, (NORMS | {"_add", "_join_quarters"}) - {"_whole_groups", "_normalise"}, tmp_path)
+
+
+@pytest.mark.parametrize("has_noise", [False, True])
+def test_the_samplers_update(compiled, has_noise, tmp_path):
+    latents, history = draw(2, 4, 16, 32, 32, dtype=torch.float32), draw(2, 2, 4, 16, 32, 32, dtype=torch.float32)
+    noise = torch.empty_like(latents) if has_noise else None
+    ops.sampler_update(latents, latents, history, noise, draw(2, 7, dtype=torch.float32))
+    check(compiled, {"_update"}, tmp_path)
