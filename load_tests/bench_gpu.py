@@ -12,6 +12,7 @@ Systems:
     t2v                 t2v_core's network, launched kernel by kernel
     t2v+graphs          the same behind t2v_core.graphs, which replays all but large calls; only the UNet
     t2v+fp8             and with products after a norm in fp8, which is not exact; only the UNet
+    t2v+streams         exact, in halves on two streams of one graph: a trial of what one leaves idle for the other
 
 All have the same weights, random ones of the released size, and the same inputs. Times are medians between CUDA events
 of calls that follow each other without waiting, as steps do. What depends on the prompt alone is done before, by those
@@ -37,11 +38,10 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_peers import CASES, TINY_CASES, Call, Case, Decode, UNetStep, Work, diffusers_version, make_work
-from pydantic import BaseModel, ConfigDict
+from gpu_results import CASE_NAMES, SYSTEMS, Figures, Record, Results, draw, error_of, report
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -49,65 +49,10 @@ from torch.profiler import ProfilerActivity, profile
 from t2v_core.config import ModelConfig
 from t2v_core.weights.random_init import TINY
 
-SYSTEMS = UNetStep.systems
-CASE_NAMES = tuple(case.name for case in CASES)
-
 _WARM_UP_CALLS = 3  # after the first
 _PROFILED_CALLS = 5
 _PROFILED_KERNELS, _KERNEL_NAME_WIDTH = 40, 90
 _FAILURE_WIDTH = 300
-_COLOURS = dict(zip(SYSTEMS, ("#9e9e9e", "#c58b4a", "#4a7fb5", "#c0392b", "#7d3c98"), strict=True))
-
-
-class Figures(BaseModel):
-    """What was measured of a system that worked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-    error: float | None  # None where there is no reference; not a number where the result is none
-    first_call_s: float
-    min_ms: float
-    median_ms: float
-    p90_ms: float
-    video_ms: float  # median_ms by the number of videos
-    memory_bytes: int | None  # None on a CPU
-    repeats: int
-
-
-class Record(BaseModel):
-    """One system in one case: its figures, or why there are none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    machine: str
-    case: str
-    system: str
-    figures: Figures | None = None
-    failure: str | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.machine, self.case, self.system
-
-
-class Results(BaseModel):
-    """The results file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    records: list[Record] = []
-
-    @classmethod
-    def load(cls, path: Path) -> "Results":
-        return cls.model_validate_json(path.read_text())
-
-    def put(self, record: Record, path: Path) -> None:
-        """Instead of an earlier one of the same key; saved whole or not at all."""
-        self.records = [*(other for other in self.records if other.key != record.key), record]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(self.model_dump_json(indent=1))
-        partial_path.replace(path)
 
 
 def main() -> None:
@@ -220,7 +165,7 @@ class Bench:
             return record(failure=_first_line(error))
         _say(
             f"{case.name}, {system}: {figures.median_ms:.2f} ms ({figures.min_ms:.2f} at least, p90 "
-            f"{figures.p90_ms:.2f}), error {_error(figures)}, first call {figures.first_call_s:.1f} s"
+            f"{figures.p90_ms:.2f}), error {error_of(figures)}, first call {figures.first_call_s:.1f} s"
         )
         return record(figures=figures)
 
@@ -244,7 +189,7 @@ class Bench:
             self._take_peak_bytes()
             times_ms = self._times_ms(call, work.latents)
             peak_bytes = self._take_peak_bytes()
-        if system in ("t2v+graphs", "t2v+fp8"):
+        if system.startswith("t2v+"):  # in graphs
             peak_bytes = max(peak_bytes, first_peak_bytes)
         median_ms = statistics.median(times_ms)
         return Figures(
@@ -316,66 +261,6 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return (norm(result.double() - reference.double()) / norm(reference.double())).item()
 
 
-def report(results: Results, machine: str) -> str:
-    """A table for each machine, that of `machine` last."""
-    lines = []
-    machines = {record.machine for record in results.records}
-    for name in sorted(machines, key=lambda name: (name == machine, name)):
-        records = _in_order([record for record in results.records if record.machine == name])
-        lines += [
-            "",
-            name,
-            "",
-            "| case | system | ms a step | ms a video | times ours | error | memory, GiB | first call, s |",
-            "|---|---|---|---|---|---|---|---|",
-            *(_row(record, records) for record in records),
-        ]
-    return "\n".join(lines) or "nothing was measured"
-
-
-def _row(record: Record, records: Sequence[Record]) -> str:
-    figures = record.figures
-    if figures is None:
-        return f"| {record.case} | {record.system} | failed: {record.failure} ||||||"
-    best = _our_best(record.case)
-    ours = next((other.figures for other in records if (other.case, other.system) == (record.case, best)), None)
-    ratio = "" if ours is None else f"{figures.median_ms / ours.median_ms:.2f}"
-    memory = "" if figures.memory_bytes is None else f"{figures.memory_bytes / 2**30:.2f}"
-    return (
-        f"| {record.case} | {record.system} | {figures.median_ms:.2f} | {figures.video_ms:.2f} | {ratio} "
-        f"| {_error(figures)} | {memory} | {figures.first_call_s:.1f} |"
-    )
-
-
-def draw(results: Results) -> Any:  # matplotlib's Figure, which is not imported for its type alone
-    """A row a machine, a column a case, a bar a system."""
-    from matplotlib.figure import Figure
-
-    measured = [record for record in results.records if record.figures is not None]
-    machines = list(dict.fromkeys(record.machine for record in measured))
-    names = [name for name in CASE_NAMES if any(record.case == name for record in measured)]
-    if not names:
-        raise SystemExit("the results file holds no measurements to draw")
-    figure = Figure(figsize=(1.2 + 2.2 * len(names), 0.6 + 3.4 * len(machines)), layout="constrained")
-    for part, machine in zip(figure.subfigures(len(machines), 1, squeeze=False)[:, 0], machines, strict=True):
-        part.suptitle(f"ms a video: {machine}", fontsize="medium")
-        for axes, name in zip(part.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            _draw_case(axes, name, [record for record in measured if (record.machine, record.case) == (machine, name)])
-    return figure
-
-
-def _draw_case(axes: Any, name: str, records: Sequence[Record]) -> None:
-    for record in _in_order(records):
-        assert record.figures is not None
-        bars = axes.bar(record.system, record.figures.video_ms, color=_COLOURS[record.system])
-        axes.bar_label(bars, fmt="%.3g")
-    axes.set_title(name)
-    axes.tick_params(axis="x", labelrotation=40)
-    axes.margins(y=0.15)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _kernel_table(title: str, kernels: Sequence[tuple[float, int, str]]) -> str:
     """kernels: microseconds and launches over all profiled calls, and name."""
     total_us, launches = sum(us for us, _, _ in kernels), sum(count for _, count, _ in kernels)
@@ -389,18 +274,6 @@ def _kernel_table(title: str, kernels: Sequence[tuple[float, int, str]]) -> str:
             f"{name[:_KERNEL_NAME_WIDTH]}"
         )
     return "\n".join(lines)
-
-
-def _in_order(records: Sequence[Record]) -> list[Record]:
-    return sorted(records, key=lambda record: (CASE_NAMES.index(record.case), SYSTEMS.index(record.system)))
-
-
-def _our_best(case_name: str) -> str:
-    return next("t2v" if case.is_decode else "t2v+graphs" for case in CASES if case.name == case_name)
-
-
-def _error(figures: Figures) -> str:
-    return "unknown" if figures.error is None else f"{figures.error:.1e}"
 
 
 def _first_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import yaml
-from bench_gpu import CASE_NAMES
+from gpu_results import CASE_NAMES
 from programs import ROOT, Programs, TimeIsOver
 
 _MEMORY = Path("/dev/shm")
@@ -74,7 +74,7 @@ def _tests(programs: Programs, arguments: argparse.Namespace) -> None:
 def _network(programs: Programs, arguments: argparse.Namespace) -> None:
     bench, cases = _LOAD_TESTS / "bench_gpu.py", arguments.cases
     # torch.compile takes minutes a case, most of them on one core: all at once, for its cache on disk.
-    compiling = "--systems", "diffusers+compile", "--repeats", 1, "--cases"
+    compiling = "--systems", "diffusers+compile", "--repeats", 2, "--cases"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for process in [
             stack.enter_context(programs.started("compiling", bench, Path(folder, case), *compiling, case))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import ModelConfig
-from t2v_core.graphs import GraphedUNet
+from t2v_core.graphs import GraphedUNet, Graphs
 from t2v_core.shapes import SPATIAL_SCALE, VideoShape
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights.diffusers_config import AUTOENCODER_CONFIG, UNET_CONFIG, config_files
@@ -70,7 +70,7 @@ class Work(Protocol):
 class UNetStep:
     """eps of every row, prompts then negative prompts. Each system is given all that does not change between steps."""
 
-    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8")
+    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8", "t2v+streams")
 
     def __init__(self, config: ModelConfig, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self._config, self._weights = config, _random_weights(UNet3D, config.unet, device, dtype)
@@ -89,6 +89,8 @@ class UNetStep:
 
     def bind(self, system: str, network: Any) -> Call:
         rows, timesteps = self._rows, self._timesteps
+        if system == "t2v+streams":
+            return self._in_two_streams(network)
         if system.startswith("t2v"):
             text = network.read_text(self._text_embeds)
             unet = network if system == "t2v" else GraphedUNet(network)
@@ -97,6 +99,33 @@ class UNetStep:
             network = torch.compile(network, dynamic=False)
         timesteps, text_embeds = timesteps[rows], self._text_embeds
         return lambda latents: network(latents[rows], timesteps, text_embeds, return_dict=False)[0]
+
+    def _in_two_streams(self, network: Any) -> Call:
+        """One graph of two halves that know nothing of each other: of the videos or else of the rows of one."""
+        num_videos, device = len(self.latents), self.latents.device
+        halves = torch.arange(2 * num_videos, device=device).view(2, num_videos)
+        rows_of = halves.unbind() if num_videos == 1 else [half.flatten() for half in halves.chunk(2, dim=1)]
+        parts = []
+        for rows in rows_of:
+            first, last = int(self._rows[rows].min()), int(self._rows[rows].max()) + 1
+            text = network.read_text(self._text_embeds[rows])
+            parts.append((slice(first, last), self._timesteps[first:last], text, self._rows[rows] - first))
+        order, side = torch.cat(rows_of).argsort(), torch.cuda.Stream()
+
+        def eps(latents: Tensor, part: int) -> Tensor:
+            videos, timesteps, text, rows = parts[part]
+            return network(latents[videos], timesteps, text, rows)
+
+        def both(latents: Tensor) -> tuple[Tensor]:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                second = eps(latents, 1)
+            first = eps(latents, 0)
+            torch.cuda.current_stream().wait_stream(side)
+            return (torch.cat([first, second])[order],)
+
+        graphs = Graphs(both)
+        return lambda latents: graphs((latents,))[0]
 
     def reference(self) -> Tensor:
         network = self._diffusers({name: tensor.float() for name, tensor in self._weights.items()})
