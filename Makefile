@@ -10,12 +10,13 @@ KILLS ?= 200
 LOSSES ?= 20
 DATABASE ?=
 SEED ?= 0
+PARTS ?= tests network engine service scaling
 PROMPT ?= A red circle moving right on a white background.
 
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: run cluster test test-fast test-slow chaos chaos-cluster lint validate clean
+.PHONY: run cluster test test-fast test-slow chaos chaos-cluster figures lint validate clean
 
 # Serves on this machine, in the foreground, and makes a first video through the HTTP API. ONCE=1 stops after it.
 run: $(VENV)/.installed
@@ -45,6 +46,10 @@ chaos: $(VENV)/.installed-test
 # Takes nodes away from a cluster of four on this machine at random, for about 6 minutes. LOSSES=50 SEED=3 choose others.
 chaos-cluster: $(VENV)/.installed-test
 	PYTHONPATH=.:tests/serve:tests/cluster $(BIN)/python tests/cluster/chaos_nodes.py --losses $(LOSSES) --seed $(SEED)
+
+# On a machine with GPUs: the kernels' tests, and all figures of docs/performance.md, into build/figures.
+figures: $(VENV)/.installed-test
+	$(BIN)/python load_tests/gpu_host.py build/figures --parts $(PARTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
