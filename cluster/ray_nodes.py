@@ -23,6 +23,7 @@ from urllib.request import urlopen
 RAY = str(Path(sys.executable).with_name("ray"))
 SERVE = str(Path(sys.executable).with_name("serve"))
 
+_HTTP_PORT = "RAY_SERVE_WORKER_PROXY_HTTP_PORT"  # Ray's own, for nodes of one machine; the head's is in Serve's file
 _START_WITHIN_S = 60.0
 _STOP_WITHIN_S = 10.0
 _OBJECT_STORE_BYTES = 100 << 20
@@ -30,9 +31,10 @@ _OBJECT_STORE_BYTES = 100 << 20
 
 @dataclass
 class RayNode:
-    """One node: `ray start --block` and its children."""
+    """One node: `ray start --block` and its children. Its proxy, if Serve starts one there, has a port of its own."""
 
     ip: str
+    http_port: int
     process: "subprocess.Popen[bytes]"
     folder: Path
 
@@ -147,6 +149,7 @@ def start_node(folder: Path, ip: str, env: Mapping[str, str], *options: str) -> 
     """`ray start` with these options, in a session of its own. What it writes is in a folder in `folder`."""
     own = folder / f"n{ip.rpartition('.')[2]}"
     own.mkdir(exist_ok=True)
+    http_port = free_port()
     command = [
         RAY, "start", "--block", f"--node-ip-address={ip}", f"--temp-dir={own}", "--min-worker-port=0",
         "--max-worker-port=0", "--dashboard-agent-listen-port=0", f"--object-store-memory={_OBJECT_STORE_BYTES}",
@@ -154,10 +157,15 @@ def start_node(folder: Path, ip: str, env: Mapping[str, str], *options: str) -> 
     ]  # fmt: skip
     with (own / "log").open("ab") as log:
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env={**env, _HTTP_PORT: str(http_port)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     (own / "session").write_text(str(process.pid))
-    return RayNode(ip, process, own)
+    return RayNode(ip, http_port, process, own)
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import httpx2
@@ -64,6 +64,7 @@ class Clustered(Running):
     """The running service, and the nodes it runs on."""
 
     nodes: RayNodes
+    proxy_location: Literal["HeadOnly", "EveryNode"] = "HeadOnly"
 
     def deploy(self, config: AppConfig | dict[str, Any]) -> None:
         """`serve deploy`. Serve has taken the file when this returns, and nothing more."""
@@ -72,7 +73,9 @@ class Clustered(Running):
         port = int(self.url.rpartition(":")[2])
         http = {"host": "127.0.0.1", "port": port}
         file = self.nodes.folder / "serve.yaml"
-        file.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": http, "applications": [app]}))
+        file.write_text(
+            yaml.safe_dump({"proxy_location": self.proxy_location, "http_options": http, "applications": [app]})
+        )
         self.nodes.run(SERVE, "deploy", str(file))
 
     def application(self) -> dict[str, Any]:
@@ -110,11 +113,13 @@ class Clustered(Running):
 
 
 @contextmanager
-def clustered(nodes: RayNodes, config: AppConfig) -> Iterator[Clustered]:
+def clustered(
+    nodes: RayNodes, config: AppConfig, proxy_location: Literal["HeadOnly", "EveryNode"] = "HeadOnly"
+) -> Iterator[Clustered]:
     """The service on these nodes with this configuration; it ends with the nodes."""
     url = f"http://127.0.0.1:{free_port()}"
     with httpx2.Client(base_url=url, timeout=30) as client:
-        service = Clustered(url, config, client, nodes)
+        service = Clustered(url, config, client, nodes, proxy_location)
         service.deploy(config)
         service.await_ready()
         yield service

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from clustered import (
     LONG_S,
@@ -24,7 +25,7 @@ from clustered import (
     following_job,
 )
 from four_nodes import GPU, HEAD, app_config, four_nodes
-from running import psnr, wait_for
+from running import PROMPT, psnr, wait_for
 
 from cluster.ray_nodes import RayNode, RayNodes
 
@@ -41,7 +42,7 @@ def nodes(folder: Path) -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="module")
 def service(nodes: RayNodes, storage: Storage) -> Iterator[Clustered]:
-    with clustered(nodes, app_config(storage)) as service:
+    with clustered(nodes, app_config(storage), "EveryNode") as service:
         yield service
 
 
@@ -67,6 +68,12 @@ def test_each_gpu_has_a_denoiser_and_a_decoder_and_nothing_else_is_there(service
         assert sorted(replica.ip or "" for replica in service.all_replicas(deployment)) == sorted(gpus)
     for deployment in ("Ingress", "Generator", "TextEncoder"):
         assert {replica.ip for replica in service.all_replicas(deployment)} == {cpus}
+
+
+def test_every_node_takes_requests(service: Clustered):
+    videos = [create_at(url, num_inference_steps=2) for url in worker_urls(service)]
+    assert len(videos) == 3
+    assert set(all_ended(service, videos)) == {"completed"}
 
 
 def test_the_jobs_of_a_killed_node_go_on_elsewhere_to_the_same_videos(service, undisturbed, caller):
@@ -123,13 +130,14 @@ def test_jobs_go_on_while_the_head_is_away_and_all_is_well_after_its_return(serv
     service.at_step(videos[0], 2, LONG_S)
     step = service.job(videos[0]).step
     began = time.monotonic()
-    service.nodes.nodes[0].kill()  # with the GCS, Serve's controller and the proxy
+    service.nodes.nodes[0].kill()  # with the GCS, Serve's controller and its own proxy
+    meanwhile = [create_at(url, num_inference_steps=2) for url in worker_urls(service)]
     wait_for(lambda: service.job(videos[0]).step >= step + 4, LONG_S)
     head = service.nodes.start_head(*HEAD)
     service.nodes.nodes.insert(0, service.nodes.nodes.pop(service.nodes.nodes.index(head)))
     service.await_ready()
     note("head back", began, service, [])
-    assert all_ended(service, videos) == ["completed"] * len(videos)
+    assert set(all_ended(service, videos + meanwhile)) == {"completed"}
     note("lost head", began, service, videos)
     assert {replica.id for replica in service.all_replicas("Denoiser")} == before
     assert [service.job(video).steps_repeated for video in videos] == [0] * len(videos)
@@ -177,6 +185,18 @@ def test_a_broken_file_is_refused_and_the_old_one_serves_on(service, storage, ca
 def loaded(service: Clustered, num_videos: int = 4) -> list[str]:
     """As many equal jobs as the denoisers take."""
     return [service.create(num_inference_steps=STEPS) for _ in range(num_videos)]
+
+
+def worker_urls(service: Clustered) -> list[str]:
+    """Of the proxies of all nodes that are there, but for the head's."""
+    workers = [node for node in service.nodes.nodes[1:] if node.process.poll() is None]
+    return [f"http://127.0.0.1:{node.http_port}" for node in workers]
+
+
+def create_at(url: str, **settings: Any) -> str:
+    response = httpx2.post(f"{url}/v1/videos", json={"prompt": PROMPT, **settings}, timeout=30)
+    response.raise_for_status()
+    return str(response.json()["id"])
 
 
 def node_with_a_denoiser(service: Clustered) -> RayNode:
