@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from serve_app.artifacts import ArtifactStore
 from serve_app.calls import Checkpoint, DenoiseCall, PreviewPicture, Progress, RenderedFile
@@ -23,6 +23,8 @@ from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, Unrea
 from t2v_core.params import GenerationParams
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 WhyStopped = Literal["cancelled", "lost", "drained"]
 
@@ -103,6 +105,12 @@ class Attempt:
 
     async def _make(self) -> None:
         job = self.job
+        try:
+            params, trajectory = await self._patiently(self._kept)
+        except Unavailable as error:  # nothing was done yet: it waits in the queue, for as long as the stores are away
+            logger.warning("job given back: job=%s fence=%d error=%s", job.id, job.fence, error)
+            await self._tools.jobs.release(job.id, job.fence)
+            return
         waited_s = max(0.0, await self._tools.jobs.now() - job.created_at)
         if job.fence == 1:  # later it has waited for what failed before
             self._tools.metrics.stage("queue", waited_s)
@@ -110,10 +118,10 @@ class Attempt:
             id=job.id,
             fence=job.fence,
             owners=(self._tools.owner,),
-            params=await self._params(),
+            params=params,
             priority=job.priority,
             waited_s=waited_s,
-            trajectory=await self._saved_trajectory(),
+            trajectory=trajectory,
             keeps_checkpoints=True,
             previews=True,
         )
@@ -161,8 +169,8 @@ class Attempt:
             self.job.id, self.job.fence, artifacts, expires_in_s=self._tools.config.expires_in_s
         )
 
-    async def _patiently(self, action: Callable[[], Awaitable[bool]]) -> bool:
-        """Through an outage of a store: a finished video is worth the wait."""
+    async def _patiently(self, action: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Through an outage of a store, if it is not too long."""
         deadline = time.monotonic() + self._tools.config.outage_s
         while True:
             try:
@@ -180,6 +188,10 @@ class Attempt:
             yield
         except Unavailable as error:
             logger.warning("%s not kept: job=%s error=%s", what, self.job.id, error)
+
+    async def _kept(self) -> tuple[GenerationParams, bytes | None]:
+        """What is asked for, and where the attempt before stood."""
+        return await self._params(), await self._saved_trajectory()
 
     async def _params(self) -> GenerationParams:
         job, video = self.job, None

@@ -1,5 +1,6 @@
 """Reading the body of a request: at most so many bytes, JSON or multipart, into plain values by name."""
 
+import asyncio
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from serve_app.errors import UnknownBody, UploadTooLarge
 from t2v_core.errors import InvalidRequest
 
 _MAX_PARTS = 256
+_WITHIN_S = 300.0
 _MEMBER = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")  # metadata[k], as the openai client spells nested values
 
 
@@ -32,16 +34,21 @@ class Body:
     is_text_only: bool
 
 
-async def read_body(request: Request, max_bytes: int, *, multipart: bool = True) -> Body:
-    """The body of a request as JSON or, where allowed, multipart.
+async def read_body(
+    request: Request, max_bytes: int, *, multipart: bool = True, max_upload_bytes: int | None = None
+) -> Body:
+    """The body of a request as JSON or, where allowed, multipart, which may have `max_upload_bytes` instead.
 
-    Raises UnknownBody for another type, UploadTooLarge, and InvalidRequest for one that is damaged or cut short.
+    Raises UnknownBody for another type, UploadTooLarge, and InvalidRequest for one that is damaged, cut short or slow.
     """
     media_type, options = parse_options_header(request.headers.get("content-type"))
     if media_type == b"application/json":
         return Body(_parse_json(await _read(request, max_bytes)), is_text_only=False)
     if media_type == b"multipart/form-data" and multipart:
-        return Body(_parse_multipart(await _read(request, max_bytes), options.get(b"boundary")), is_text_only=True)
+        return Body(
+            _parse_multipart(await _read(request, max_upload_bytes or max_bytes), options.get(b"boundary")),
+            is_text_only=True,
+        )
     allowed = "application/json or multipart/form-data" if multipart else "application/json"
     sent = request.headers.get("content-type")
     raise UnknownBody(f"content-type {sent!r:.100}: send {allowed}" if sent else f"no content-type: send {allowed}")
@@ -49,10 +56,14 @@ async def read_body(request: Request, max_bytes: int, *, multipart: bool = True)
 
 async def _read(request: Request, max_bytes: int) -> bytes:
     data = bytearray()
-    async for chunk in request.stream():
-        if len(data) + len(chunk) > max_bytes:
-            raise UploadTooLarge(f"the body has more than {max_bytes} bytes, which is the most allowed: send less")
-        data += chunk
+    try:
+        async with asyncio.timeout(_WITHIN_S):
+            async for chunk in request.stream():
+                if len(data) + len(chunk) > max_bytes:
+                    raise UploadTooLarge(f"the body has more than {max_bytes} bytes, the most allowed: send less")
+                data += chunk
+    except TimeoutError as error:
+        raise InvalidRequest(f"the body has not come within {_WITHIN_S:.0f} s: send less, or faster") from error
     return bytes(data)
 
 

@@ -129,6 +129,7 @@ def _serve(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with console.status(f"Starting {config.model}"):
         ray.init(
+            address="local",  # whatever RAY_ADDRESS says
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
@@ -136,7 +137,8 @@ def _serve(
         )
         starting.check_fits(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    address = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{port}"
     try:
         with console.status(f"Starting {config.model}"):
             tell = partial(console.print, markup=False, soft_wrap=True, highlight=False)
@@ -191,8 +193,12 @@ def _app_config(path: Path | None, model: str | None) -> "AppConfig":
             raise InvalidRequest(
                 f"config {path}: cannot be read ({error}); name a YAML file", param="config"
             ) from error
-        applications = loaded.get("applications") if isinstance(loaded, dict) else None
-        values = applications[0].get("args", {}) if applications else loaded
+        values = _args_of(loaded)
+        if not isinstance(values, dict):
+            raise InvalidRequest(
+                f"config {path}: is neither a file for `serve deploy` nor its args; see cluster/serve/local.yaml",
+                param="config",
+            )
     if model is not None:
         values = {**values, "model": model}
     try:
@@ -203,6 +209,15 @@ def _app_config(path: Path | None, model: str | None) -> "AppConfig":
         raise InvalidRequest(
             f"config {path}: {name}: {first['msg']}; see cluster/serve/local.yaml", param=name
         ) from error
+
+
+def _args_of(loaded: Any) -> Any:
+    """Of the first application, where the file names any. Any: as it was written."""
+    applications = loaded.get("applications") if isinstance(loaded, dict) else None
+    if not applications:
+        return loaded
+    first = applications[0] if isinstance(applications, list) else None
+    return (first.get("args") or {}) if isinstance(first, dict) else None
 
 
 def _is_loopback(host: str) -> bool:

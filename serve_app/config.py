@@ -23,7 +23,7 @@ Side = Annotated[int, Field(ge=8, multiple_of=8)]  # of a video, in pixels
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)  # it may be a secret
 
 
 class Placement(_Section):
@@ -108,6 +108,7 @@ class DenoiserConfig(Scaling):
 class DecoderConfig(Scaling):
     """Decoders: latents to frames, and frames to files in threads beside that."""
 
+    stuck_after_s: Seconds = 300.0  # on a GPU: at one video for so long, the replica is replaced
     max_ongoing: int = Field(default=4, ge=1)
     num_cpus: float = Field(default=0.4, ge=0)
     max_surge_percent: int = Field(default=0, ge=0, le=100)
@@ -118,8 +119,8 @@ class DecoderConfig(Scaling):
 class GeneratorConfig(Placement):
     """Generators: a fixed number of them that claim jobs and see each through the stages.
 
-    Together they hold as many jobs as all denoisers can work on, `jobs_ahead` times over: Serve's autoscaling sees
-    what waits at the denoisers, and never the queue in the database.
+    Together they hold as many jobs as all denoisers can work on, those included that are decoded and stored: Serve's
+    autoscaling sees what waits at the denoisers, and never the queue in the database.
     """
 
     num_replicas: int = Field(default=1, ge=1)

@@ -131,6 +131,8 @@ class Denoiser:
             self.check_health()
         self._supersede(call)
         live = _Live(call, asyncio.get_running_loop())
+        if not self._live:
+            self._heard_s = time.monotonic()
         self._live[live.engine_id] = live
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_surroundings())

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -142,12 +143,22 @@ class Watcher:
         self._every_s = every_s
         self._positions_every_s = positions_every_s
         self._watched: dict[str, _Watched] = {}
+        self._positions: dict[str, int] = {}
+        self._positions_s, self._positions_lock = -math.inf, asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def num_watched(self) -> int:
         """How many jobs somebody watches."""
         return len(self._watched)
+
+    async def position(self, job_id: str) -> int | None:
+        """A job's place in the queue, not long ago; None if it does not wait. One query tells those of all who ask."""
+        clock = asyncio.get_running_loop().time
+        async with self._positions_lock:
+            if job_id not in self._positions or clock() > self._positions_s + self._positions_every_s:
+                self._positions, self._positions_s = await self._jobs.queue_positions(), clock()
+        return self._positions.get(job_id)
 
     async def subscribe(self, job_id: str) -> AsyncGenerator[Sighting, None]:
         """The job as it is now, and again whenever it changes, until it is removed. Raises JobNotFound.
@@ -161,7 +172,7 @@ class Watcher:
             self._task = asyncio.create_task(self._read_on())
         try:
             job = await self._jobs.get(job_id)
-            yield Sighting(job, await self._jobs.queue_position(job_id) if job.status == "queued" else None)
+            yield Sighting(job, await self.position(job_id) if job.status == "queued" else None)
             while (sighting := await mailbox.get()) is not None:
                 yield sighting
         finally:
@@ -181,21 +192,16 @@ class Watcher:
             self._task = None
 
     async def _read_on(self) -> None:
-        clock = asyncio.get_running_loop().time
-        positions_at = -float("inf")
         while self._watched:
             try:
-                with_positions = clock() >= positions_at + self._positions_every_s
-                if with_positions:
-                    positions_at = clock()
-                await self._read(with_positions)
+                await self._read()
             except Exception:
                 # The watchers keep what they know and are told when the store is back.
                 logger.warning("cannot read the watched jobs", exc_info=True)
             await asyncio.sleep(self._every_s)
         self._task = None
 
-    async def _read(self, with_positions: bool) -> None:
+    async def _read(self) -> None:
         # Watchers come and go at any await. Who comes during the read may have read newer rows by then: they are
         # told by the next one.
         asked = {job_id: frozenset(watched.mailboxes) for job_id, watched in self._watched.items()}
@@ -210,12 +216,7 @@ class Watcher:
                     if not mailbox.full():  # what was seen last comes first
                         mailbox.put_nowait(None)
                 continue
-            position = None
-            if job.status == "queued":
-                position = watched.last.position if watched.last is not None else None
-                if with_positions:
-                    position = await self._jobs.queue_position(job_id)
-            sighting = Sighting(job, position)
+            sighting = Sighting(job, await self.position(job_id) if job.status == "queued" else None)
             if sighting != watched.last:
                 for mailbox in mailboxes:
                     _replace(mailbox, sighting)

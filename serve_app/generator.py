@@ -182,8 +182,8 @@ class Generator:
                 attempt.stop("cancelled")
 
     async def _reap(self) -> None:
-        await self._beat()  # after an outage, our own leases first
-        if await self._jobs.reap():
+        await self._beat()  # our own leases first; after an outage, others must have had the time for theirs
+        if await self._jobs.reap(calm_s=self._config.lease_s):
             self._woken.set()
 
     async def _sweep(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -37,7 +38,7 @@ from t2v_core.weights import open_checkpoint, public_name
 logger = logging.getLogger(__name__)
 
 _LEARN_EVERY_S, _LEARN_FIRST_S = 60.0, 1.0
-_STATUS_HOLDS_S = 0.5  # one question to the controller serves all who ask meanwhile
+_STATUS_HOLDS_S, _STATUS_WITHIN_S = 0.5, 2.0  # one question to the controller serves all who ask meanwhile
 
 
 class Ingress:
@@ -63,7 +64,8 @@ class Ingress:
             storage.database, patience_s=DATABASE_PATIENCE_S, on_change=partial(count_change, Metrics())
         )
         self._watcher = Watcher(self._jobs)
-        self._status: tuple[float, ApplicationStatusOverview | None] = (0.0, None)
+        self._status: tuple[float, ApplicationStatusOverview | None] = (-math.inf, None)
+        self._asking: asyncio.Task[None] | None = None
         limits = Limits(
             max_queued=config.max_queued,
             max_queued_per_owner=config.max_queued_per_key,
@@ -193,16 +195,29 @@ class Ingress:
             logger.warning("no Generator was woken: %r", error)
 
     async def _is_ready(self) -> dict[str, bool]:
-        asked_s, status = self._status
-        if time.monotonic() - asked_s > _STATUS_HOLDS_S:
-            overview = await asyncio.to_thread(serve.status)
-            status = overview.applications.get(self._app_name)
-            self._status = (time.monotonic(), status)
         parts = {"jobs": await self._reaches_jobs()}
+        status = await self._last_status()
         for name, deployment in sorted((status.deployments if status else {}).items()):
             is_running = any(state == "RUNNING" and count for state, count in deployment.replica_states.items())
             parts[name] = is_running or deployment.status == "HEALTHY"  # none are needed while it is scaled to zero
         return parts
+
+    async def _last_status(self) -> ApplicationStatusOverview | None:
+        """What Serve says of the application, or said last: while its head is away, replicas work as they did."""
+        if self._asking is None and time.monotonic() - self._status[0] > _STATUS_HOLDS_S:
+            self._asking = asyncio.create_task(self._ask_status())
+        if self._asking is not None:
+            await asyncio.wait([self._asking], timeout=_STATUS_WITHIN_S)
+        return self._status[1]
+
+    async def _ask_status(self) -> None:
+        try:
+            overview = await asyncio.to_thread(serve.status)
+            self._status = (time.monotonic(), overview.applications.get(self._app_name))
+        except Exception as error:  # the head is away
+            logger.warning("Serve does not tell its status: %r", error)
+        finally:
+            self._asking = None
 
     async def _reaches_jobs(self) -> bool:
         try:

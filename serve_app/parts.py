@@ -19,6 +19,8 @@ from serve_app.sizes import SizeLimit, configured
 from t2v_core.config import GenerationDefaults
 from t2v_core.params import GenerationParams
 
+_MAX_UPLOADS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -50,7 +52,8 @@ class ApiParts:
     a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
     InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait. `origin` tells
     where what is asked for right now comes from. `measured_limit` is what the Denoisers can hold, once they have told.
-    `reading` bounds how many input videos are read at a time.
+    `uploading` bounds how many edits are taken in at a time, since each holds its input video in memory: others wait
+    before any of theirs is read. `reading` bounds how many of these are decoded at a time.
     """
 
     jobs: JobStore
@@ -67,6 +70,7 @@ class ApiParts:
     callers: Callers
     origin: Callable[[], Origin]
     measured_limit: Callable[[], SizeLimit | None]
+    uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_UPLOADS))
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
     def size_limit(self) -> SizeLimit | None:

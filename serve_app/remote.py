@@ -1,6 +1,7 @@
 """Errors of calls to other deployments, as what they are here: our own, or a part that cannot be reached."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.errors import Unavailable
 from t2v_core.errors import T2VError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,9 +26,11 @@ def plain_errors(part: str) -> Iterator[None]:
             cause = cause.cause
         if isinstance(cause, T2VError):
             raise cause from None
-        raise Unavailable(f"the {part} failed ({_last_line(error)}): try again") from error
+        logger.warning("the %s failed: %s", part, _last_line(error))
+        raise Unavailable(f"the {part} failed: try again") from error
     except (RayError, RayServeException) as error:
-        raise Unavailable(f"the {part} was lost ({type(error).__name__}): try again") from error
+        logger.warning("the %s was lost: %r", part, error)
+        raise Unavailable(f"the {part} was lost: try again") from error
 
 
 async def finished(response: Any) -> Any:  # Any: what the method called gives

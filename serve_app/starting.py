@@ -19,7 +19,9 @@ _SLACK = 1e-6  # shares of a core or a GPU are added up
 
 
 def check_fits(config: AppConfig, machine: Mapping[str, float]) -> None:
-    """Raises InvalidRequest where the fewest replicas take more than the machine has: Serve would wait for ever.
+    """Raises InvalidRequest where the fewest replicas that can make a video take more than the machine has.
+
+    Serve would wait for ever.
 
     `machine`: what it has in all, by Ray's names, "CPU" and "GPU" among them.
     """
@@ -94,4 +96,4 @@ def _taken_by_each(part: _Part) -> dict[str, float]:
 
 
 def _fewest(part: _Part) -> int:
-    return part.min_replicas if isinstance(part, Scaling) else part.num_replicas
+    return max(1, part.min_replicas) if isinstance(part, Scaling) else part.num_replicas

@@ -11,6 +11,7 @@ from torch import Tensor, inference_mode
 
 from serve_app.config import TextEncoderConfig
 from serve_app.devices import place
+from serve_app.health import Health
 from serve_app.job_logs import log_through_serve, name_job
 from serve_app.metrics import Metrics
 from t2v_core import stages
@@ -29,6 +30,7 @@ class TextEncoder:
         log_through_serve()
         self._metrics = Metrics()
         checkpoint, device, dtype = place(model, revision, config)
+        self._health = Health("text encoder")
         self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
         self._network = load_text_encoder(checkpoint, device, dtype)
         self._cache: OrderedDict[bytes, asyncio.Task[Tensor]] = OrderedDict()  # also what is only being embedded
@@ -42,12 +44,17 @@ class TextEncoder:
         """What steers the request. Raises InvalidRequest for a prompt that is too long."""
         name_job(job_id, fence)
         began = time.monotonic()
+        await self._health.admit()
         token_ids = stages.tokenize(self._tokenizer, params)
         embeds = await asyncio.gather(*map(self._embed, token_ids))
         seconds = time.monotonic() - began
         self._metrics.stage("text", seconds)
         logger.info("text encoded: job=%s fence=%d text_s=%.3f", job_id, fence, seconds)
         return stages.conditioning_of(embeds, params)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose GPU is lost."""
+        self._health.check()
 
     async def _embed(self, token_ids: Tensor) -> Tensor:
         """(chunks, 77) -> (chunks * 77, d), from the cache if it is there; requests that come together share it too."""
@@ -65,7 +72,7 @@ class TextEncoder:
             del self._cache[key]
 
     async def _embed_together(self, token_ids: list[Tensor]) -> list[Tensor]:
-        return await asyncio.to_thread(self._run, token_ids)
+        return await asyncio.to_thread(self._health.watched, self._run, token_ids)
 
     @inference_mode()
     def _run(self, token_ids: list[Tensor]) -> list[Tensor]:

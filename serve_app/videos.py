@@ -16,7 +16,7 @@ from torch import Tensor
 from serve_app import inputs
 from serve_app.bodies import Upload, read_body
 from serve_app.content import content_response
-from serve_app.errors import JobEnded, JobLive
+from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, QueueFull, Unavailable
 from serve_app.events import Seen, job_events, news
 from serve_app.job_logs import name_job
 from serve_app.jobs.model import Job, NewJob
@@ -71,7 +71,15 @@ async def edit_video(
     request: Request, response: Response, parts: Parts, owner: Owner, idempotency_key: IdempotencyKey = None
 ) -> VideoObject:
     """Queue a video that is made of another one: a file that is sent along, or a completed video."""
-    body = await read_body(request, parts.limits.max_upload_bytes)
+    async with parts.uploading:
+        return await _edit(request, response, parts, owner, idempotency_key)
+
+
+async def _edit(
+    request: Request, response: Response, parts: ApiParts, owner: str, idempotency_key: str | None
+) -> VideoObject:
+    limits = parts.limits
+    body = await read_body(request, limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     sent = body.values.get("video")
     upload = sent if isinstance(sent, Upload) else None
     if upload is not None:
@@ -93,7 +101,7 @@ async def edit_video(
             parts.defaults,
             size_limit=parts.size_limit(),
             video=data,
-            max_video_bytes=parts.limits.max_upload_bytes,
+            max_video_bytes=limits.max_upload_bytes,
         )
     digest = hashlib.sha256(data).hexdigest()
     new = new_job(params, owner=owner, model=model, asked=asked, input_hash=digest, idempotency_key=idempotency_key)
@@ -162,7 +170,7 @@ async def get_video(video_id: str, response: Response, parts: Parts, owner: Owne
     """One video: its state, how far it is, and its place in the queue."""
     job = await parts.jobs.get(video_id, owner)
     response.headers["openai-poll-after-ms"] = _POLL_AFTER_MS
-    return video_object(job, await parts.jobs.queue_position(video_id) if job.status == "queued" else None)
+    return video_object(job, await parts.watcher.position(video_id) if job.status == "queued" else None)
 
 
 async def delete_video(video_id: str, parts: Parts, owner: Owner) -> DeletedVideo:
@@ -175,7 +183,7 @@ async def delete_video(video_id: str, parts: Parts, owner: Owner) -> DeletedVide
     name_job(video_id)
     logger.info("job deleted: job=%s", video_id)
     # The row first: files that no row names are swept away, a row without its files would be a broken promise.
-    await parts.artifacts.delete_prefix(f"{video_id}/")
+    await _remove_files(video_id, parts)
     return DeletedVideo(id=video_id)
 
 
@@ -227,23 +235,36 @@ async def _video_of(video_id: str, parts: ApiParts, owner: str) -> bytes:
 
 async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: Tensor | None = None) -> VideoObject:
     """The input first: a row without its files would be a broken promise."""
-    limits, is_new = parts.limits, False
+    limits = parts.limits
     new = replace(new, **parts.origin()._asdict())
+    if frames is not None:
+        assert new.input_path is not None
+        await parts.artifacts.put(new.input_path, inputs.to_bytes(frames), inputs.MEDIA_TYPE)
+    is_refused = False
     try:
-        if frames is not None:
-            assert new.input_path is not None
-            await parts.artifacts.put(new.input_path, inputs.to_bytes(frames), inputs.MEDIA_TYPE)
         job, is_new = await parts.jobs.create(
             new, max_queued=limits.max_queued, max_queued_per_owner=limits.max_queued_per_owner
         )
-    finally:
-        if frames is not None and not is_new:
-            await parts.artifacts.delete_prefix(f"{new.id}/")
+        is_refused = not is_new
+    except (QueueFull, IdempotencyConflict, InvalidRequest):
+        is_refused = True
+        raise
+    finally:  # where it is not known, as when the client goes away, the row may be there: the sweeper looks
+        if frames is not None and is_refused:
+            await _remove_files(new.id, parts)
     name_job(job.id)
     logger.info("job accepted: job=%s priority=%s is_new=%s request=%s", job.id, job.priority, is_new, new.request_id)
     await parts.wake()
     response.headers["openai-poll-after-ms"] = _POLL_AFTER_MS
     return video_object(job)
+
+
+async def _remove_files(job_id: str, parts: ApiParts) -> None:
+    """Of a job that has no row. While the store is away, they are left to the sweeper."""
+    try:
+        await parts.artifacts.delete_prefix(f"{job_id}/")
+    except Unavailable as error:
+        logger.warning("files not removed yet: job=%s error=%s", job_id, error)
 
 
 async def _stop(job_id: str, parts: ApiParts, owner: str) -> None:

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import logging
 import ssl
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -26,8 +27,9 @@ from t2v_core.errors import InvalidRequest
 logger = logging.getLogger(__name__)
 
 _MAX_URL = 2048
-_MAX_IN_FLIGHT = 64
+_MAX_IN_FLIGHT, _MAX_PER_OWNER = 64, 8
 _GONE = 410
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -65,7 +67,7 @@ def signing_secret(secret: str, owner: str) -> str:
 
 
 class Deliverer:
-    """Brings what is due to its receivers, each on its own: one that is slow holds up no other."""
+    """Brings what is due to its receivers, each on its own: one that is slow holds up no other key's."""
 
     def __init__(self, outbox: Outbox, config: WebhooksConfig, ssl_context: ssl.SSLContext | None = None) -> None:
         self._outbox, self._config = outbox, config
@@ -75,15 +77,20 @@ class Deliverer:
             max_keepalive_connections=0,
             network_backend=_Guarded(allow_private=config.allow_private),
         )
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[asyncio.Task[None], str] = {}  # to owners
 
     async def begin_due(self) -> None:
         """Send on its way what is due, and return before it has arrived."""
-        room = _MAX_IN_FLIGHT - len(self._in_flight)
-        for delivery in await self._outbox.claim(limit=room, lease_s=3 * self._config.timeout_s):
+        claimed = await self._outbox.claim(
+            limit=_MAX_IN_FLIGHT - len(self._in_flight),
+            lease_s=3 * self._config.timeout_s,
+            in_flight=Counter(self._in_flight.values()),
+            max_per_owner=_MAX_PER_OWNER,
+        )
+        for delivery in claimed:
             task = asyncio.create_task(self._deliver(delivery))
-            self._in_flight.add(task)
-            task.add_done_callback(self._in_flight.discard)
+            self._in_flight[task] = delivery.owner
+            task.add_done_callback(self._in_flight.pop)
 
     async def close(self) -> None:
         """What is under way is cut off; whoever is there next sends it again."""
@@ -173,6 +180,8 @@ def is_public(address: _Address) -> bool:
         if address in _NAT64:
             embedded.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
         if any(inner is not None and not is_public(inner) for inner in embedded):
+            return False
+        if address.ipv4_mapped is None and address not in _NAT64 and address not in _GLOBAL_UNICAST:
             return False
     return address.is_global and not address.is_multicast
 

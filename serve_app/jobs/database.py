@@ -1,6 +1,9 @@
 """SQLite and PostgreSQL, opened alike: transactions that are finished once begun, and locks."""
 
 import asyncio
+import logging
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import wraps
@@ -16,6 +19,8 @@ from serve_app.errors import Unavailable
 from serve_app.jobs.model import Change
 from t2v_core.errors import InvalidRequest
 
+logger = logging.getLogger(__name__)
+
 # PostgreSQL names the locks of applications by numbers; these are any that nobody else uses.
 _LOCKS = {"setup": 7_282_014, "queue": 7_282_015, "claim": 7_282_016}
 
@@ -26,6 +31,15 @@ _PATIENCE = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
+}
+
+# Nor must a client that does keep others from its locks: the server ends its session, and who waits is told.
+_POSTGRESQL_SESSION = {
+    "idle_in_transaction_session_timeout": "15s",
+    "lock_timeout": "10s",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
 }
 
 _CHANGES = "changes"
@@ -45,6 +59,12 @@ class Database:
     def __init__(self, url: str, on_change: Callable[[Change], None] = lambda _: None) -> None:
         self._engine, self._on_change = _engine(url), on_change
         self._calls: set[asyncio.Task[Any]] = set()
+        self._away_s = -math.inf  # when it was last found to be
+
+    @property
+    def calm_s(self) -> float:
+        """For how long it was not found to be away."""
+        return time.monotonic() - self._away_s
 
     async def close(self) -> None:
         if self._calls:
@@ -60,19 +80,31 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        with _explained():
+        with self._explained():
             async with self._engine.connect() as connection:
                 yield connection
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that is committed at the end, and rolled back by an error."""
-        with _explained():
+        with self._explained():
             async with self._engine.execution_options(writes=True).begin() as connection:
                 changes = connection.info[_CHANGES] = list[Change]()
                 yield connection
         for change in changes:
             self._on_change(change)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A database that is away is a part of the service that cannot be reached."""
+        try:
+            yield
+        except (DataError, IntegrityError, ProgrammingError):  # it is there, and was asked for what cannot be
+            raise
+        except (DBAPIError, NoConnectionInTime, OSError) as error:
+            self._away_s = time.monotonic()
+            logger.warning("the job store cannot be reached: %s", why_away(error))
+            raise Unavailable("the job store cannot be reached: try again in a few seconds") from error
 
 
 class _OnDatabase(Protocol):
@@ -106,16 +138,9 @@ async def lock(connection: AsyncConnection, what: Literal["setup", "queue", "cla
         await connection.execute(select(func.pg_advisory_xact_lock(_LOCKS[what])))
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """A database that is away is a part of the service that cannot be reached."""
-    try:
-        yield
-    except (DataError, IntegrityError, ProgrammingError):  # it is there, and was asked for what cannot be
-        raise
-    except (DBAPIError, NoConnectionInTime, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
-        raise Unavailable(f"the job store cannot be reached ({reason}): try again in a few seconds") from error
+def why_away(error: BaseException | None) -> str:
+    """What the driver says. It names hosts and users: for logs and operators alone."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]
 
 
 def _engine(url: str) -> AsyncEngine:
@@ -126,12 +151,22 @@ def _engine(url: str) -> AsyncEngine:
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
     if scheme in ("postgresql", "postgres") and separator:
-        return create_async_engine(
+        engine = create_async_engine(
             f"postgresql+psycopg://{rest}", pool_pre_ping=True, pool_timeout=10, connect_args=_PATIENCE
         )
+        event.listen(engine.sync_engine, "connect", _set_up_postgresql)
+        return engine
     raise InvalidRequest(
         f"database {scheme}: must be sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME", param="database"
     )
+
+
+def _set_up_postgresql(connection: Any, _: object) -> None:  # Any: the driver's
+    cursor = connection.cursor()
+    for name, value in _POSTGRESQL_SESSION.items():
+        cursor.execute(f"SET SESSION {name} = '{value}'")
+    cursor.close()
+    connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:  # Any: the driver's

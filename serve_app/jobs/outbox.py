@@ -1,10 +1,11 @@
 """What others are told of jobs: written with the change itself, delivered at least once."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, case, delete, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.jobs.database import Database, finished
@@ -51,11 +52,28 @@ class Outbox:
         self.database = database
 
     @finished
-    async def claim(self, *, limit: int, lease_s: float) -> list[Delivery]:
-        """Messages that are due, each for one caller: it is due again after `lease_s`, unless that one says more."""
+    async def claim(
+        self,
+        *,
+        limit: int,
+        lease_s: float,
+        in_flight: Mapping[str, int] | None = None,
+        max_per_owner: int | None = None,
+    ) -> list[Delivery]:
+        """Messages that are due, each for one caller: it is due again after `lease_s`, unless that one says more.
+
+        With those that are `in_flight`, an owner has at most `max_per_owner`.
+        """
         if limit < 1:
             return []
-        due = select(outbox).where(outbox.c.next_at <= now_s()).order_by(outbox.c.next_at).limit(limit)
+        mine = outbox.c.next_at <= now_s()
+        due = select(outbox).where(mine).order_by(outbox.c.next_at, outbox.c.id).limit(limit)
+        if max_per_owner is not None:
+            place = func.row_number().over(partition_by=outbox.c.owner, order_by=(outbox.c.next_at, outbox.c.id))
+            line = select(outbox.c.id, outbox.c.owner, place.label("place")).where(mine).subquery()
+            under_way = case(in_flight, value=line.c.owner, else_=0) if in_flight else literal(0)
+            admitted = select(line.c.id).where(line.c.place + under_way <= max_per_owner)
+            due = due.where(outbox.c.id.in_(admitted))
         async with self.database.reading() as connection:  # mostly there is none, and a writer would hold up others
             if (await connection.execute(due.limit(1))).first() is None:
                 return []

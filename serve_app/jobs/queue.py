@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NamedTuple, get_args
 
-from sqlalchemy import ColumnElement, Subquery, func, insert, select, tuple_
+from sqlalchemy import ColumnElement, Subquery, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.bounds import RATE_OVER_S, queue_full
@@ -80,14 +80,11 @@ async def candidates(connection: AsyncConnection, limit: int, *, urgent_only: bo
     return found
 
 
-async def position(connection: AsyncConnection, job_id: str) -> int | None:
-    """How many are to be claimed before this one; None if it does not wait."""
+async def positions(connection: AsyncConnection) -> dict[str, int]:
+    """How many are to be claimed before each that waits."""
     line = _line()
-    me = (await connection.execute(select(line).where(line.c.id == job_id))).first()
-    if me is None:
-        return None
-    before = tuple_(line.c.turn, line.c.due_at, line.c.id) < (me.turn, me.due_at, me.id)
-    return (await connection.execute(select(func.count()).select_from(line).where(before))).scalar_one()
+    ids = await connection.scalars(select(line.c.id).order_by(line.c.turn, line.c.due_at, line.c.id))
+    return {job_id: place for place, job_id in enumerate(ids)}
 
 
 async def num_queued(connection: AsyncConnection, owner: str | None) -> int:

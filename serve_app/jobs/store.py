@@ -15,9 +15,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound, Unavailable
-from serve_app.jobs.database import Database, finished, lock
+from serve_app.jobs.database import Database, finished, lock, why_away
 from serve_app.jobs.model import ENDED, Artifact, Census, Change, Heartbeat, Job, JobStatus, NewJob, Page, Progress
-from serve_app.jobs.queue import accepted_before, candidates, census, check_bound, enqueue, num_queued, position
+from serve_app.jobs.queue import accepted_before, candidates, census, check_bound, enqueue, num_queued, positions
 from serve_app.jobs.schema import add_missing_columns, jobs, metadata, now_s
 from serve_app.jobs.transitions import Rules, change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
 from t2v_core.errors import InvalidRequest
@@ -61,9 +61,9 @@ class JobStore:
                 try:
                     await store._make_tables()
                     return store
-                except Unavailable:
+                except Unavailable as error:
                     if time.monotonic() > deadline:
-                        raise
+                        raise Unavailable(f"the job store cannot be reached ({why_away(error.__cause__)})") from error
                     await asyncio.sleep(_PAUSE_S)
         except BaseException:
             await store.close()
@@ -285,8 +285,13 @@ class JobStore:
             return await read(connection, job_id)
 
     @finished
-    async def reap(self) -> _Ids:
-        """Take the jobs back whose leases have run out. Returns their ids."""
+    async def reap(self, *, calm_s: float = 0.0) -> _Ids:
+        """Take the jobs back whose leases have run out. Returns their ids.
+
+        None where the database was away in the last `calm_s`: others may not have had the time to renew theirs.
+        """
+        if self.database.calm_s < calm_s:
+            return []
         late = select(jobs).where(jobs.c.status == "in_progress", jobs.c.lease_until < now_s())
         async with self.database.writing() as connection:
             rows = (await connection.execute(late.with_for_update(skip_locked=True))).all()
@@ -320,10 +325,10 @@ class JobStore:
         return job.needs(fence)
 
     @finished
-    async def queue_position(self, job_id: str) -> int | None:
-        """How many jobs are to be claimed before this one; None if it does not wait."""
+    async def queue_positions(self) -> dict[str, int]:
+        """How many jobs are to be claimed before each that waits."""
         async with self.database.reading() as connection:
-            return await position(connection, job_id)
+            return await positions(connection)
 
     @finished
     async def num_queued(self, owner: str | None = None) -> int:

@@ -141,8 +141,9 @@ SERVICE_ALLOWED = {
         "sizes",
     },
     "api": {"document", "failures", "parts", "schemas", "videos"},
-    "text_encoder": {"config", "devices", "job_logs", "metrics"},
-    "decoder": {"calls", "config", "devices", "job_logs", "memory", "metrics"},
+    "health": {"errors"},
+    "text_encoder": {"config", "devices", "health", "job_logs", "metrics"},
+    "decoder": {"calls", "config", "devices", "health", "job_logs", "memory", "metrics"},
     "denoiser": {
         "calls",
         "config",

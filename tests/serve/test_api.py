@@ -9,7 +9,7 @@ from api_service import ALICE, BOB, KEYS, OWNED, UNKNOWN, error_of
 
 from serve_app import videos
 from serve_app.api import Limits, create_app
-from serve_app.errors import HTTP_ANSWERS, Superseded
+from serve_app.errors import HTTP_ANSWERS, Superseded, Unavailable
 from t2v_core.errors import T2VError
 
 pytestmark = pytest.mark.anyio
@@ -192,6 +192,7 @@ async def test_a_video_is_followed_from_the_queue_to_its_end(service: Any) -> No
     other, video = await service.create(), await service.create()
     assert ((await get())["status"], (await get())["queue_position"]) == ("queued", 1)
     await service.client.delete(f"/v1/videos/{other['id']}")
+    await asyncio.sleep(0.05)  # places are told as they were a moment ago
     assert (await get())["queue_position"] == 0
     work = await service.claim()
     work.eta_s = 2.5
@@ -265,6 +266,19 @@ async def test_delete_removes_the_video_and_its_files(service: Any) -> None:
         await service.artifacts.read(path)
     error_of(await service.client.get(f"/v1/videos/{video['id']}"), 404)
     error_of(await service.client.delete(f"/v1/videos/{video['id']}"), 404)
+
+
+async def test_a_delete_while_the_files_store_is_away_leaves_them_to_the_sweeper(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = await service.completed()
+
+    async def away(*_: Any) -> None:
+        raise Unavailable("the artifact store does not answer")
+
+    monkeypatch.setattr(service.artifacts, "delete_prefix", away)
+    assert (await service.client.delete(f"/v1/videos/{video['id']}")).status_code == 200
+    error_of(await service.client.get(f"/v1/videos/{video['id']}"), 404)
 
 
 async def test_delete_stops_a_running_video_first(service: Any) -> None:

@@ -57,9 +57,9 @@ class Bench:
         self.artifacts = ArtifactStore(str(folder / "store"))
         self.folder = folder / "store"
 
-    async def attempt(self, stages: Stages) -> Attempt:
+    async def attempt(self, stages: Stages, outage_s: float = 5.0) -> Attempt:
         (job,) = await self.jobs.claim(OWNER, limit=1, lease_s=30)
-        config = GeneratorConfig(outage_s=5.0)
+        config = GeneratorConfig(outage_s=outage_s)
         return Attempt(job, Tools(OWNER, config, self.jobs, self.artifacts, stages, Metrics()))  # type: ignore[arg-type]
 
     async def job(self) -> Job:
@@ -172,6 +172,26 @@ async def test_a_commit_whose_answer_is_lost_does_not_cost_the_video(bench: Benc
     job = await bench.job()
     assert job.status == "completed"
     assert {artifact.path for artifact in job.artifacts.values()} <= bench.files()
+
+
+async def test_a_job_whose_checkpoint_cannot_be_read_waits_in_the_queue_and_loses_no_attempt(bench, monkeypatch):
+    await ended(await bench.attempt(Stages(Checkpoint(3, b"where it stood"), Unavailable("the denoiser died"))))
+    read = bench.artifacts.read
+
+    async def away(_: str) -> bytes:
+        raise Unavailable("the artifact store does not answer")
+
+    monkeypatch.setattr(bench.artifacts, "read", away)
+    stages = Stages(RENDERED)
+    for _ in range(4):  # more than there are attempts
+        await ended(await bench.attempt(stages, outage_s=0.1))
+        job = await bench.job()
+        assert (job.status, job.attempts) == ("queued", 0)
+    assert stages.calls == []
+    monkeypatch.setattr(bench.artifacts, "read", read)
+    await ended(await bench.attempt(stages))
+    assert (await bench.job()).status == "completed"
+    assert [call.trajectory for call in stages.calls] == [b"where it stood"]
 
 
 async def test_a_late_attempt_leaves_the_checkpoint_that_its_successor_reads(bench: Bench):

@@ -133,3 +133,19 @@ def test_a_file_with_an_unknown_field_is_refused_by_name(tmp_path):
     result = CliRunner().invoke(app, ["serve", "--config", str(file)])
     assert result.exit_code == 2
     assert "denoiser.max_ongonig" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["- 1", "applications: [7]", "applications: {a: 1}"])
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    result = CliRunner().invoke(app, ["serve", "--config", str(file)])
+    assert result.exit_code == 2
+    assert "is neither a file" in result.stderr.replace("\n", " ")
+
+
+def test_a_secret_that_is_refused_is_not_told():
+    for values in ({"webhooks": {"secret": "hush"}}, {"webhook": {"secret": "hush"}}):
+        with pytest.raises(ValidationError) as told:
+            AppConfig.model_validate(values)
+        assert "hush" not in str(told.value)

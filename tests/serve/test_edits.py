@@ -20,6 +20,7 @@ from serve_app import inputs
 from serve_app.api import Limits
 from serve_app.cli import app
 from serve_app.client import AsyncClient, BadRequest, Client
+from serve_app.errors import Unavailable
 from t2v_core.media import encode_video
 
 pytestmark = pytest.mark.anyio
@@ -177,6 +178,26 @@ async def test_a_bad_edit_is_refused_and_leaves_nothing(
 async def test_a_video_cut_in_the_middle_is_refused(service: Any, mp4: bytes) -> None:
     error = error_of(await edit(service, mp4[: len(mp4) // 2]), 400)
     assert (error["code"], error["param"]) == ("unreadable_video", "video")
+
+
+async def test_the_input_of_a_job_stays_though_nobody_heard_that_it_was_accepted(
+    service: Any, mp4: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, made = service.jobs.create, []
+
+    async def create_and_lose(new: Any, **bounds: Any) -> Any:
+        made.append((await create(new, **bounds))[0])
+        raise Unavailable("the connection was lost after the commit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.jobs, "create", create_and_lose)
+        error_of(await edit(service, mp4), 503)
+    assert (await frames_kept(service, made[0].id)).shape[0] == 8
+
+
+async def test_a_body_of_json_is_no_upload(service: Any) -> None:
+    response = await edit_of(service, "video_1", metadata={"much": "x" * 100_000})
+    error_of(response, 413)
 
 
 async def test_an_edit_without_a_video_says_what_to_send(service: Any) -> None:

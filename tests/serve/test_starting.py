@@ -16,20 +16,23 @@ def test_the_fewest_replicas_are_what_must_fit():
     config = AppConfig.model_validate(
         {
             "denoiser": {"num_gpus": 0.75, "min_replicas": 2, "max_replicas": 9, "num_cpus": 1},
-            "decoder": {"num_gpus": 0.25, "min_replicas": 0, "num_cpus": 1},
+            "decoder": {"num_gpus": 0.25, "min_replicas": 0, "num_cpus": 1},  # without one there is no video
             "text_encoder": {"num_cpus": 0.5},
             "generator": {"num_cpus": 0.5, "num_replicas": 2},
             "ingress": {"num_cpus": 0, "resources": {"front": 1}},
         }
     )
-    check_fits(config, {"CPU": 3.5, "GPU": 1.5, "front": 1.0})
+    check_fits(config, {"CPU": 4.5, "GPU": 1.75, "front": 1.0})
     for short, message in [
-        ({"CPU": 3.0}, r"takes 3.5 CPU \(text_encoder 0.5, denoiser 2, generator 1\), and this machine has 3;"),
-        ({"GPU": 1.0}, r"takes 1.5 GPU \(denoiser 1.5\)"),
+        (
+            {"CPU": 4.0},
+            r"takes 4.5 CPU \(text_encoder 0.5, denoiser 2, decoder 1, generator 1\), and .* machine has 4;",
+        ),
+        ({"GPU": 1.5}, r"takes 1.75 GPU \(denoiser 1.5, decoder 0.25\)"),
         ({"front": 0.0}, r"takes 1 front \(ingress 1\), and this machine has 0; ask for less"),
     ]:
         with pytest.raises(InvalidRequest, match=message):
-            check_fits(config, {"CPU": 3.5, "GPU": 1.5, "front": 1.0} | short)
+            check_fits(config, {"CPU": 4.5, "GPU": 1.75, "front": 1.0} | short)
 
 
 def test_shares_that_add_up_but_for_rounding_fit():

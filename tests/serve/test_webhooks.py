@@ -322,6 +322,11 @@ def test_without_a_secret_no_url_is_accepted():
         ("fe80::1", False),
         ("2002:7f00:1::", False),
         ("64:ff9b::a00:1", False),
+        ("64:ff9b::808:808", True),
+        ("64:ff9b:1::808:808", False),  # a translator of a network's own
+        ("fec0::1", False),
+        ("::808:808", False),
+        ("::ffff:8.8.8.8", True),
     ],
 )
 def test_which_addresses_are_public(address, expected):
@@ -390,3 +395,19 @@ async def test_the_same_key_with_another_url_is_another_request(tmp_path, files)
         for url, status in (("https://a.example/", 200), ("https://a.example/", 200), ("https://b.example/", 422)):
             body = {"prompt": "A panda.", "seed": 1, "webhook_url": url}
             assert (await service.client.post("/v1/videos", json=body, headers=headers)).status_code == status
+
+
+async def test_one_who_is_told_much_leaves_the_others_their_share(jobs):
+    for _ in range(20):
+        await end_one(jobs, "http://127.0.0.1:1/", "alice")
+    await end_one(jobs, "http://127.0.0.1:1/", "bob")
+    outbox = Outbox(jobs.database)
+
+    async def owners(limit: int, **in_flight: int) -> list[str]:
+        claimed = await outbox.claim(limit=limit, lease_s=60, in_flight=in_flight, max_per_owner=8)
+        return sorted(delivery.owner for delivery in claimed)
+
+    assert await owners(64, alice=6) == ["alice"] * 2 + ["bob"]
+    assert await owners(64, alice=8, bob=1) == []
+    assert await owners(3) == ["alice"] * 3
+    assert await owners(64) == ["alice"] * 8

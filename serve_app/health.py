@@ -1,0 +1,70 @@
+"""Whether a replica's work succeeds and comes to an end: Serve replaces one whose GPU is lost, or that hangs."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+from serve_app.errors import Unavailable
+from t2v_core.errors import T2VError
+
+logger = logging.getLogger(__name__)
+
+_BROKEN_AFTER = 3
+_BROKEN_PAUSE_S = 30.0
+
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+
+class Health:
+    """Of a part, as "decoder". Work may take `stuck_after_s`; None is for ever. For any number of threads.
+
+    It is broken where, time after time, an error comes that nobody foresaw, a lost GPU's for one.
+    """
+
+    def __init__(self, part: str, stuck_after_s: float | None = None) -> None:
+        self._part, self._stuck_after_s = part, stuck_after_s
+        self._num_failures, self._failure = 0, ""  # in a row, and the last
+        self._began_s: dict[int, float] = {}  # by thread
+
+    def watched(self, work: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+        """Do some work in this thread."""
+        thread = threading.get_ident()
+        self._began_s[thread] = time.monotonic()
+        try:
+            result = work(*arguments)
+        except T2VError:  # what was asked for is to blame
+            raise
+        except Exception as error:
+            self._num_failures, self._failure = self._num_failures + 1, repr(error)
+            raise
+        finally:
+            del self._began_s[thread]
+        self._num_failures = 0
+        return result
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it cannot be expected to do anything."""
+        return self._num_failures >= _BROKEN_AFTER
+
+    async def admit(self) -> None:
+        """Let a call in. Of one that is broken, it takes long: a quick no would only draw more calls.
+
+        Raises Unavailable.
+        """
+        if self.is_broken:
+            await asyncio.sleep(_BROKEN_PAUSE_S)
+            if self.is_broken:
+                raise Unavailable(f"the {self._part} broke down, and is replaced: try again in a few seconds")
+
+    def check(self) -> None:
+        """Raises Unavailable where Serve shall replace this replica."""
+        if self.is_broken:
+            raise Unavailable(f"the {self._part} broke down ({self._failure}): it is replaced")
+        began_s = min(list(self._began_s.values()), default=None)
+        if self._stuck_after_s is not None and began_s is not None and time.monotonic() - began_s > self._stuck_after_s:
+            raise Unavailable(f"the {self._part} has been at one thing for {self._stuck_after_s:.0f} s: it is replaced")
