@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import torch
+
 from serve_app.calls import (
     Checkpoint,
     DenoiseCall,
@@ -28,6 +30,7 @@ from serve_app.metrics import Metrics
 from serve_app.owners import gone, this_replica
 from serve_app.sizes import SizeLimit, measured
 from t2v_core import stages
+from t2v_core.config import SamplerName
 from t2v_core.denoising import Denoising
 from t2v_core.engine import (
     ROWS,
@@ -50,11 +53,13 @@ from t2v_core.engine import (
 from t2v_core.errors import UnreadableTrajectory
 from t2v_core.graphs import replay_decoder, replayed_unet
 from t2v_core.guidance import Conditioning
+from t2v_core.params import resolve
 from t2v_core.pictures import encode_spritesheet
 from t2v_core.pipeline import check_precision
 from t2v_core.schedule import Schedule
 from t2v_core.shapes import VideoShape
 from t2v_core.trajectory import Trajectory
+from t2v_core.transfers import to_device
 from t2v_core.unet3d import NoisePredictor
 from t2v_core.weights import Checkpoint as Weights
 from t2v_core.weights import load_autoencoder, load_unet
@@ -112,6 +117,8 @@ class Denoiser:
             unmeasured_rows=2 * config.max_ongoing,
         )
         self._engine = Engine(unet, budgets, previewer=previewer, cached_steps=config.cached_steps)
+        if self._device.type == "cuda":
+            self._rehearse(weights)
         self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters, self._device)
         self._thread = EngineThread(self._engine, self._hand_over)
         self._live: dict[str, _Live] = {}  # by engine id
@@ -211,6 +218,21 @@ class Denoiser:
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
 
+    def _rehearse(self, weights: Weights) -> None:
+        """Two steps with noise and two without, and a preview: nor does any request wait for what these compile."""
+        size = weights.config.text_encoder.context_length, weights.config.unet.cross_attention_dim
+        text = torch.zeros(size, device=self._device, dtype=self._dtype)
+        samplers: tuple[SamplerName, ...] = ("euler_a", "dpmpp_2m")
+        for sampler in samplers:
+            params = resolve("A panda.", {"sampler": sampler, "num_inference_steps": 2}, weights.config.defaults)
+            plan = stages.plan(self._schedule, params)
+            trajectory = stages.start(params, plan, self._device, self._dtype)
+            denoising = Denoising(trajectory, plan, Conditioning(text, text, params.guidance_scale))
+            self._engine.add(Request(sampler, denoising, preview_every=1))
+        while len(self._engine):
+            self._engine.step()
+        self._engine.counters.clear()
+
     def _measured_limit(self, unet: NoisePredictor, weights: Weights, profile: Profile | None) -> SizeLimit | None:
         """By the profile or, where that tells nothing of memory, by one step of the model's own size."""
         if profile is None or profile.bytes_per_latent is None:
@@ -234,7 +256,7 @@ class Denoiser:
                     "is not this request's; start it anew"
                 )
         prompt, negative = (
-            None if text is None else text.to(self._device, self._dtype)
+            None if text is None else to_device(text, self._device, self._dtype)
             for text in (conditioning.prompt, conditioning.negative)
         )
         assert prompt is not None

@@ -19,7 +19,10 @@ _EARLY_SHARE = 0.2  # of a request's steps
 
 
 class Features(NamedTuple):
-    """What the UNet's coarser resolutions made of a request, by row: (f, h, w, c). `age`: steps that have used it."""
+    """What the UNet's coarser resolutions made of a request, by row: (f, h, w, c).
+
+    `age`: how many steps ago the oldest in its batch was made.
+    """
 
     of_rows: tuple[Tensor, ...]
     age: int

@@ -5,7 +5,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class GraphedUNet:
     def __init__(self, unet: UNet3D, *, max_latents: int = _MAX_LATENTS) -> None:
         self.config = unet.config
         self._unet, self._max_latents = unet, max_latents
-        pool = torch.cuda.graph_pool_handle()
+        pool = GraphPool()
         self._whole, self._kept, self._reusing = (
             Graphs(function, pool) for function in (self._call, self._predict, self._reuse)
         )
@@ -123,18 +122,24 @@ class _Captured:
     outs: tuple[Tensor, ...]
 
 
+class GraphPool:
+    """Memory that graphs share, of which one runs at a time: each writes where others had what they need no more."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.lock = threading.Lock()
+
+
 class Graphs:
     """A function of tensors, captured once for each of their sizes when it first sees them, and replayed from then on.
 
-    The graphs share one pool of memory, since only one runs at a time: theirs, or that of others as well for which that
-    holds. The least recently used of too many is dropped.
+    All graphs of a pool share its memory. The least recently used of too many is dropped.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], pool: Any = None) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], pool: GraphPool | None = None) -> None:
         self._function = function
         self._captured: OrderedDict[Sizes, _Captured] = OrderedDict()
-        self._pool = pool or torch.cuda.graph_pool_handle()
-        self._lock = threading.Lock()
+        self._pool = pool or GraphPool()
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
@@ -143,7 +148,7 @@ class Graphs:
         Raises OutOfMemory.
         """
         sizes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, *kept))
-        with self._lock:
+        with self._pool.lock:
             captured = self._captured.get(sizes)
             if captured is None:
                 captured = self._captured[sizes] = self._capture(inputs, kept)
@@ -167,6 +172,6 @@ class Graphs:
                 self._function(*inputs, *kept_copies)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
             outs = self._function(*inputs, *kept_copies)
         return _Captured(graph, inputs, kept_copies, [weakref.ref(tensor) for tensor in kept], outs)

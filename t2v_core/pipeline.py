@@ -161,6 +161,12 @@ def device_of(name: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+            raise InvalidRequest(
+                f"device {name}: must be the first GPU that the process sees; "
+                f"set CUDA_VISIBLE_DEVICES={device.index}, and use cuda",
+                param="device",
+            )
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -191,5 +197,8 @@ def check_precision(precision: Precision, dtype: torch.dtype, device: torch.devi
         raise InvalidRequest(
             f"precision fp8: needs a Hopper GPU or a later one, not {name}; use exact", param="precision"
         )
-    if dtype == torch.float32:
-        raise InvalidRequest("precision fp8: goes with fp16 or bf16, not with fp32; leave dtype out", param="precision")
+    if dtype not in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise InvalidRequest(
+            f"precision fp8: goes with fp16 or bf16, not with {name}; leave dtype out", param="precision"
+        )

@@ -19,6 +19,7 @@ from t2v_core.samplers import Coefficients, coefficients
 from t2v_core.schedule import Schedule
 from t2v_core.text_encoder import Tokenizer
 from t2v_core.trajectory import NoiseSource, Trajectory
+from t2v_core.transfers import to_device
 
 
 class EncodedVideo(NamedTuple):
@@ -29,7 +30,8 @@ class EncodedVideo(NamedTuple):
 
     def to(self, device: torch.device | str) -> "EncodedVideo":
         """The same on another device."""
-        return EncodedVideo(self.mean.to(device), self.std.to(device))
+        device = torch.device(device)
+        return EncodedVideo(to_device(self.mean, device), to_device(self.std, device))
 
 
 def tokenize(tokenizer: Tokenizer, params: GenerationParams) -> list[Tensor]:
@@ -74,11 +76,11 @@ def start(
     source = NoiseSource(params.seed)
     latents_dtype = torch.promote_types(dtype, torch.float32)
     if video is None:
-        latents = plan.noise_scale * source.video(shape).to(device, latents_dtype)
+        latents = plan.noise_scale * to_device(source.video(shape), device, latents_dtype)
     else:
-        x0 = video.mean + video.std * source.frames(shape).to(device, latents_dtype)
-        noise = source.frames(shape).to(device, latents_dtype)
-        latents = plan.alpha[0].to(x0) * x0 + plan.sigma[0].to(x0) * noise
+        x0 = video.mean + video.std * to_device(source.frames(shape), device, latents_dtype)
+        noise = to_device(source.frames(shape), device, latents_dtype)
+        latents = plan.alpha[0].item() * x0 + plan.sigma[0].item() * noise
     return Trajectory.start(latents, source.state, plan.num_steps)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from t2v_core.errors import UnreadableTrajectory
 from t2v_core.shapes import LatentShape
+from t2v_core.transfers import fetch, to_device
 
 
 class NoiseSource:
@@ -69,8 +70,8 @@ class Trajectory:
     def to_bytes(self) -> bytes:
         """The request as a safetensors file, exact to the bit."""
         steps = torch.tensor([self.num_steps, self.step_index])
-        tensors = {"latents": self.latents, "history": self.history, "noise_state": self.noise_state, "steps": steps}
-        return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        latents, history = fetch(self.latents.contiguous(), self.history.contiguous())
+        return save({"latents": latents, "history": history, "noise_state": self.noise_state, "steps": steps})
 
     @classmethod
     def from_bytes(cls, file: bytes, device: torch.device | str = "cpu") -> Self:
@@ -95,7 +96,8 @@ class Trajectory:
                 f"trajectory of latents {tuple(latents.shape)} with history {tuple(history.shape)} after step "
                 f"{step_index} of {num_steps}: its parts do not belong together; start the request anew"
             )
-        return cls(latents.to(device), history.to(device), noise_state, num_steps, step_index)
+        device = torch.device(device)
+        return cls(to_device(latents, device), to_device(history, device), noise_state, num_steps, step_index)
 
     @property
     def x0(self) -> Tensor:

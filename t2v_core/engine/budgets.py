@@ -9,6 +9,7 @@ from t2v_core.shapes import LatentShape
 _RECOVERY_STEPS = 200
 _STEP_S_UNMEASURED = 0.03  # a row
 _MEMORY_SHARE = 0.9
+_NO_POOL = (0, 0)  # of memory that torch gives to all but graphs
 
 # These were found by simulation of Poisson arrivals with the step times of an H100 and an H200 (load_tests/planned.py).
 _LEAST_SHARE, _MOST_SHARE = 0.90, 0.99  # of the best throughput: while few wait, and while many do
@@ -76,8 +77,16 @@ class RowBudgets:
 
 
 def free_memory_bytes(device: torch.device) -> int | None:
-    """What steps may use of a GPU's memory: most of what is free now, or held by torch without use. None on a CPU."""
+    """What steps may use of a GPU's memory: most of what is free now, or held by torch without use. None on a CPU.
+
+    What graphs hold is theirs alone.
+    """
     if device.type != "cuda":
         return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    unused = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if segment["device"] == index and segment["segment_pool_id"] == _NO_POOL
+    )
     return int(_MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))

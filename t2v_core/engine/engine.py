@@ -14,7 +14,7 @@ from t2v_core.engine.budgets import RowBudgets
 from t2v_core.engine.counters import Counters
 from t2v_core.engine.events import Admitted, Cancelled, Event, Failed, Finished, Preview, Stepped
 from t2v_core.engine.fit import check_fit
-from t2v_core.engine.launched import Launched, Outcome, mark
+from t2v_core.engine.launched import Launched, Outcome, StepKind, mark
 from t2v_core.engine.preview import Previewer
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, T2VError
 from t2v_core.guidance import BatchConditioning, condition
@@ -55,7 +55,7 @@ class _Slot:
         return self.request.denoising.trajectory.is_finished
 
 
-_LAUNCH_S = 0.006  # how long before a step ends the next is launched: more than launching takes
+_LAUNCH_S = 0.006  # how long before a step ends the next is launched: more than it takes until the first kernel
 
 
 class Engine:
@@ -87,12 +87,13 @@ class Engine:
         self._runs_ahead = next(unet.parameters()).is_cuda if runs_ahead is None else runs_ahead
         self._launched: deque[Launched] = deque()  # first the step that the device is at
         self._ended_s = clock()  # when the newest of the steps that have ended did
-        self._step_s: dict[tuple[LatentShape, int], float] = {}  # of the last step of so many rows, as the device says
+        self._step_s: dict[StepKind, float] = {}  # what a step takes the device, as it says; 0 after one alone
+        self._untold: list[Event] = []  # where what came after them failed
         self._slots: dict[str, _Slot] = {}
         self._num_added = 0
         # Batches are told apart by their entries: an id may come again, as another request.
-        self._batch: tuple[Entry, ...] = ()  # of the last step that was kept
-        self._conditioning: tuple[tuple[Entry, ...], BatchConditioning] | None = None  # of the last that was tried
+        self._batch: tuple[Entry, ...] = ()  # whom the device was given last
+        self._conditioning: tuple[tuple[Entry, ...], BatchConditioning] | None = None  # of whom it was made last
 
     def __len__(self) -> int:
         """How many requests are waiting, running or set aside."""
@@ -149,7 +150,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One denoising step of the requests whose turn it is, and what came of it."""
-        events = self._launch()
+        return self._launch() + self.settle()
+
+    def settle(self) -> list[Event]:
+        """Wait for all that was launched, and say what came of it."""
+        events: list[Event] = []
         while self._launched:
             events += self._settle()
         return events
@@ -159,23 +164,25 @@ class Engine:
         if not self._runs_ahead:
             return self.step()
         is_idle = not self._launched
-        events = self._launch()
-        return events if is_idle else events + self._settle()
+        self._untold = self._launch()
+        came_of_it = [] if is_idle else self._settle()
+        events, self._untold = self._untold + came_of_it, []
+        return events
 
     def pause_s(self) -> float:
         """How long the device can do without another step, and requests that come may still be in that."""
         if not self._launched:
             return 0.0
         at_hand = self._launched[0]
-        size = at_hand.shape, at_hand.rows
-        step_s = self._step_s.get(size) or self._budgets.step_s(*size)
+        step_s = self._step_s.get(at_hand.kind) or self._budgets.step_s(at_hand.shape, at_hand.rows)
         ends_s = max(at_hand.launched_s, self._ended_s) + step_s
         return max(0.0, ends_s - _LAUNCH_S - self.clock())
 
     def fail_all(self, error: T2VError) -> list[Event]:
-        """Give every request up."""
+        """Give every request up. What was not told yet comes first."""
         self._launched.clear()
-        return [event for request_id in self.ids for event in self._fail(request_id, error)]
+        events, self._untold = self._untold, []
+        return events + [event for request_id in self.ids for event in self._fail(request_id, error)]
 
     def _admit(self, entries: Sequence[Entry], now: float) -> list[Event]:
         events: list[Event] = []
@@ -246,7 +253,7 @@ class Engine:
         settled = launched.wait()
         began_s, ended_s = max(launched.launched_s, self._ended_s), self.clock()
         if settled.device_s is not None:  # the clock would count pauses as well
-            self._step_s[launched.shape, launched.rows] = settled.device_s
+            self._learn(launched.kind, settled.device_s)
             if settled.was_over:  # while the next was being launched: the device has been at that since then
                 ended_s = min(ended_s, began_s + settled.device_s)
         self._ended_s = ended_s
@@ -271,6 +278,11 @@ class Engine:
             elif preview is not None:
                 events.append(Preview(entry.id, trajectory.step_index, preview))
         return events
+
+    def _learn(self, kind: StepKind, device_s: float) -> None:
+        """The least that was seen, but for the first: it may have compiled something, and others made previews."""
+        known_s = self._step_s.get(kind)
+        self._step_s[kind] = 0.0 if known_s is None else min(device_s, known_s or device_s)
 
     def _make_room(self, entries: Sequence[Entry], message: str) -> list[Event]:
         """After a step that did not fit into memory: try half of it, or give up the one that does not fit alone."""
@@ -304,8 +316,9 @@ class Engine:
 
     def _remove(self, request_id: str) -> None:
         del self._slots[request_id]
-        if not self._slots:
-            self._conditioning = None  # nobody's memory while the engine is idle
+        if not self._slots:  # nobody's memory while the engine is idle
+            self._conditioning = None
+            self._launched.clear()
 
     def _count(self, request_id: str) -> Counters:
         return self.counters[self._slots[request_id].entry.group.shape]

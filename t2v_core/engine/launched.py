@@ -13,6 +13,8 @@ from t2v_core.shapes import LatentShape
 from t2v_core.trajectory import Trajectory
 from t2v_core.transfers import to_cpu
 
+StepKind = tuple[LatentShape, int, bool]
+
 
 class Outcome(NamedTuple):
     """A request after its step. preview: uint8 (f, h, w, 3)."""
@@ -45,7 +47,8 @@ class Settled(NamedTuple):
 class Launched:
     """A step that a GPU may still be at. All copies to the CPU are behind it in its queue, and before the next step.
 
-    `start` is the mark that was made before it.
+    `start` is the mark that was made before it. Steps of one `kind` take the device as long as each other, previews
+    aside: of one shape and number of rows, and either whole or with features that were there.
     """
 
     def __init__(self, outcomes: Sequence[Outcome], start: torch.cuda.Event | None, launched_s: float) -> None:
@@ -53,6 +56,8 @@ class Launched:
         self.entries = tuple(outcome.entry for outcome in outcomes)
         self.shape: LatentShape = self.entries[0].group.shape
         self.rows = sum(entry.rows for entry in self.entries)
+        features = outcomes[0].denoising.features
+        self.kind: StepKind = self.shape, self.rows, features is not None and features.age > 0
         latents = torch.stack([outcome.denoising.trajectory.latents for outcome in outcomes])
         self._are_finite = to_cpu(latents.isfinite().flatten(1).all(dim=1))
         self._rows = [

@@ -96,8 +96,9 @@ class EngineThread:
 
     def _take(self, request_id: str) -> Trajectory | None:
         trajectory = self._engine.take(request_id)
-        with self._lock:
-            self._live.discard(request_id)
+        if trajectory is not None:  # else it has ended, or will when its last step has
+            with self._lock:
+                self._live.discard(request_id)
         return trajectory
 
     def _run(self) -> None:
@@ -105,11 +106,12 @@ class EngineThread:
             try:
                 command = self._next_command()
             except Empty:
-                self._hand_out(self._advance())
+                self._hand_out(self._try(self._engine.advance))
                 continue
             if command is None:
                 break
             self._hand_out(command())
+        self._hand_out(self._try(self._engine.settle))
         for request_id in self._engine.ids:
             self._hand_out(self._engine.cancel(request_id))
 
@@ -120,9 +122,9 @@ class EngineThread:
         pause_s = self._engine.pause_s()
         return self._commands.get(block=pause_s > 0, timeout=pause_s or None)
 
-    def _advance(self) -> list[Event]:
+    def _try(self, work: Callable[[], list[Event]]) -> list[Event]:
         try:
-            events = self._engine.advance()
+            events = work()
         except Exception as error:
             # Not one request's fault, so all of them end; a GPU that is lost stays lost, and the owner must know.
             logger.exception("denoising failed: requests=%d", len(self._engine))

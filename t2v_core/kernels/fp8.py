@@ -1,7 +1,8 @@
 """Numbers of 8 bits for products: e4m3, with 4 bits of exponent and 3 of mantissa (Micikevicius et al. 2022).
 
 What a norm gives is near 1, and goes in as it is. Weights are small, and go in WEIGHT_SCALE times as large: so neither
-loses more than its digits, and no tensor needs a scale of its own.
+loses more than its digits, and no tensor needs a scale of its own. The last product of a transformer also takes what no
+norm has bounded, a sum and gated values: what is beyond LARGEST there becomes that.
 """
 
 import torch

@@ -65,11 +65,12 @@ def _conv(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         block_k //= 2
     taps = weight.permute(0, 2, 3, 1).view(out_channels, taps_y * taps_x * channels)  # as they lie in memory
     tiles = [triton.cdiv(size, part) for size, part in zip((images, height, width), box, strict=True)]
-    _conv_tile[(triton.cdiv(out_channels, _BLOCK_N), math.prod(tiles))](
+    num_n = triton.cdiv(out_channels, _BLOCK_N)
+    _conv_tile[(num_n * math.prod(tiles),)](  # the second axis of a grid would be too short for the largest videos
         TensorDescriptor.from_tensor(x.contiguous(), [*box, block_k]),
         TensorDescriptor.from_tensor(taps, [_BLOCK_N, block_k]),
         TensorDescriptor.from_tensor(out, [*box, _BLOCK_N]),
-        tiles[1], tiles[2], channels,
+        num_n, tiles[1], tiles[2], channels,
         SCALE=scale_of(weight),
         TAPS_Y=taps_y, TAPS_X=taps_x, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], BLOCK_N=_BLOCK_N, BLOCK_K=block_k,
         num_warps=8 if channels >= _WIDE else 4, num_stages=_NUM_STAGES, enable_fp_fusion=True,
@@ -91,12 +92,12 @@ def _box(images: int, height: int, width: int) -> Box:
 
 @triton.jit
 def _conv_tile(
-    x, weight, out, tiles_y, tiles_x, channels,
+    x, weight, out, num_n, tiles_y, tiles_x, channels,
     SCALE: tl.constexpr,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    channel, tile = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    channel, tile = tl.program_id(0) % num_n * BLOCK_N, tl.program_id(0) // num_n
     image = tile // (tiles_y * tiles_x) * BOX_N
     top, left = tile // tiles_x % tiles_y * BOX_H, tile % tiles_x * BOX_W
     steps_of_tap = channels // BLOCK_K

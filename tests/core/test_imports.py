@@ -28,7 +28,7 @@ ALLOWED = {
     "text_encoder": {"config", "errors"},
     "samplers": {"config", "kernels", "schedule"},
     "guidance": {"out_of_memory", "transfers", "unet3d"},
-    "trajectory": {"errors", "shapes"},
+    "trajectory": {"errors", "shapes", "transfers"},
     "out_of_memory": {"errors"},
     "denoising": {"guidance", "out_of_memory", "samplers", "trajectory", "transfers", "unet3d"},
     "truncation": set(),
@@ -71,6 +71,7 @@ ALLOWED = {
         "schedule",
         "text_encoder",
         "trajectory",
+        "transfers",
     },
     "pipeline": {
         "autoencoder",

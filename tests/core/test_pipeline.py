@@ -9,7 +9,7 @@ from t2v_core.config import SAMPLER_NAMES
 from t2v_core.denoising import denoise_step
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableVideo
 from t2v_core.guidance import condition
-from t2v_core.pipeline import load
+from t2v_core.pipeline import device_of, load
 from t2v_core.trajectory import Trajectory
 
 PROMPT = "A panda eating bamboo on a rock."
@@ -222,3 +222,9 @@ def test_the_video_says_what_it_was_made_from(tiny_pipeline):
     assert metadata["model"] == tiny_pipeline.name
     assert "AI-generated" in metadata["comment"]
     assert '"sampler": "dpmpp_2m"' in metadata["settings"]
+
+
+def test_a_gpu_that_is_not_the_processs_first_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(InvalidRequest, match="set CUDA_VISIBLE_DEVICES=1, and use cuda"):
+        device_of("cuda:1")

@@ -1,13 +1,14 @@
 """An engine that launches the next step before the one at hand has ended, as it does on a GPU."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from t2v_core.engine import Cancelled, Engine, Failed, Finished, Profile, Request, RowBudgets, Stepped
 from t2v_core.engine.profile import Measurement
-from t2v_core.errors import EngineBroken, GenerationFailed
+from t2v_core.errors import EngineBroken, GenerationFailed, OutOfMemory
 
 
 class Clock:
@@ -21,11 +22,11 @@ class Clock:
 
 
 class Device:
-    """A device whose steps all last as long, and that is idle where it is given none in time."""
+    """A device whose steps last as long as these do, over and over, and that is idle where it is given none in time."""
 
-    def __init__(self, clock, *, step_s, launching_s):
+    def __init__(self, clock, *, steps_s, launching_s):
         self.idle_s = 0.0
-        self._clock, self._step_s, self._launching_s = clock, step_s, launching_s
+        self._clock, self._steps_s, self._launching_s = clock, itertools.cycle(steps_s), launching_s
         self._ends_s = None
 
     def mark_start(self, _):
@@ -35,7 +36,7 @@ class Device:
         return Mark(self._clock, max(now_s, self._ends_s or now_s))
 
     def mark_end(self, _):
-        self._ends_s = max(self._clock(), self._ends_s or 0.0) + self._step_s
+        self._ends_s = max(self._clock(), self._ends_s or 0.0) + next(self._steps_s)
         self._clock.now_s += self._launching_s
         return Mark(self._clock, self._ends_s)
 
@@ -64,6 +65,20 @@ def clock():
 @pytest.fixture
 def ahead(tiny_pipeline_float64, clock):
     return Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), clock=clock, runs_ahead=True)
+
+
+def use(device, monkeypatch):
+    monkeypatch.setattr("t2v_core.engine.engine.mark", device.mark_start)
+    monkeypatch.setattr("t2v_core.engine.launched.mark", device.mark_end)
+
+
+def run_with_pauses(engine, clock):
+    pauses = []
+    while len(engine):
+        engine.advance()
+        pauses.append(engine.pause_s())
+        clock.now_s += pauses[-1]
+    return pauses
 
 
 def steps_told(events):
@@ -155,20 +170,36 @@ def test_pauses_do_not_make_longer_pauses(tiny_pipeline_float64, prepared, clock
 
 @pytest.mark.parametrize("launching_s", [0.001, 0.05], ids=["quickly", "slowly"])
 def test_the_device_is_never_idle_however_long_launching_takes(ahead, prepared, clock, monkeypatch, launching_s):
-    device = Device(clock, step_s=0.2, launching_s=launching_s)
-    monkeypatch.setattr("t2v_core.engine.engine.mark", device.mark_start)
-    monkeypatch.setattr("t2v_core.engine.launched.mark", device.mark_end)
+    device = Device(clock, steps_s=[0.2], launching_s=launching_s)
+    use(device, monkeypatch)
     request = prepared(num_inference_steps=9)
     ahead.add(Request("a", request))
-    began_s, pauses = clock(), []
-    while len(ahead):
-        ahead.advance()
-        pauses.append(ahead.pause_s())
-        clock.now_s += pauses[-1]
+    began_s = clock()
+    pauses = run_with_pauses(ahead, clock)
     assert sum(pauses) > 1.0  # nor is it given more than the next
     assert device.idle_s == pytest.approx(0.0)
     assert clock() - began_s == pytest.approx(9 * 0.2, abs=0.01)
     assert ahead.counters[request.trajectory.shape].step_s == pytest.approx(9 * 0.2, abs=0.01)
+
+
+def test_steps_that_reuse_features_are_as_short_as_they_are(tiny_pipeline_float64, prepared, clock, monkeypatch):
+    ahead = Engine(tiny_pipeline_float64.unet, RowBudgets(), clock=clock, runs_ahead=True, cached_steps=1)
+    whole_s, reusing_s = 0.16, 0.055
+    device = Device(clock, steps_s=[whole_s, whole_s, *4 * (reusing_s, whole_s)], launching_s=0.001)  # of ten steps
+    use(device, monkeypatch)
+    ahead.add(Request("a", prepared(num_inference_steps=10)))
+    began_s = clock()
+    run_with_pauses(ahead, clock)
+    assert device.idle_s == pytest.approx(0.0)
+    assert clock() - began_s == pytest.approx(6 * whole_s + 4 * reusing_s, abs=0.01)
+
+
+def test_a_first_step_that_compiles_makes_no_later_pause_longer(ahead, prepared, clock, monkeypatch):
+    device = Device(clock, steps_s=[3.0, *8 * [0.05]], launching_s=0.001)
+    use(device, monkeypatch)
+    ahead.add(Request("a", prepared(num_inference_steps=9)))
+    run_with_pauses(ahead, clock)
+    assert device.idle_s < 0.05  # once, by what an unmeasured step is taken for
 
 
 def test_steps_and_their_time_are_counted_as_they_end(ahead, prepared, clock):
@@ -198,3 +229,31 @@ def test_a_step_does_all_at_once_whatever_runs_ahead(ahead, prepared):
     ahead.add(Request("a", prepared(num_inference_steps=2)))
     ahead.advance()
     assert steps_told(ahead.step()) == [("a", 1), ("a", 2)]
+
+
+def test_an_engine_that_nobody_needs_keeps_no_step(ahead, prepared):
+    for leave in (ahead.cancel, ahead.take):
+        ahead.add(Request("a", prepared()))
+        ahead.advance()
+        leave("a")
+        assert not ahead._launched
+        assert ahead.advance() == []
+
+
+def test_an_end_is_told_though_the_step_before_could_not_be_waited_for(ahead, prepared, monkeypatch):
+    def fail(error):
+        def call(*_):
+            raise error
+
+        return call
+
+    ahead.add(Request("a", prepared()))
+    ahead.advance()
+    monkeypatch.setattr(ahead, "_denoise", fail(OutOfMemory("no room")))
+    monkeypatch.setattr(ahead, "_settle", fail(RuntimeError("the GPU is lost")))
+    with pytest.raises(RuntimeError):
+        ahead.advance()
+    (failed,) = ahead.fail_all(EngineBroken("lost"))
+    assert isinstance(failed, Failed)
+    assert failed.id == "a"
+    assert ahead.fail_all(EngineBroken("lost")) == []

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from t2v_core.engine import Admitted, Cancelled, Engine, EngineThread, Failed, Finished, Request, RowBudgets
+from t2v_core.engine import Admitted, Cancelled, Engine, EngineThread, Failed, Finished, Profile, Request, RowBudgets
 from t2v_core.engine.events import ENDINGS
+from t2v_core.engine.profile import Measurement
 from t2v_core.errors import EngineBroken, InvalidRequest
 from t2v_core.trajectory import Trajectory
 
@@ -293,3 +294,25 @@ def test_nothing_is_left_of_ten_thousand_requests_that_came_and_went(tiny_pipeli
     del thread, engine
     gc.collect()
     assert sum(isinstance(thing, Trajectory) for thing in gc.get_objects()) == before
+
+
+def test_an_id_stays_taken_while_its_last_step_ends(running, prepared, engine, monkeypatch):
+    thread, _ = running
+    thread.add(Request("a", prepared(num_inference_steps=999)))
+    monkeypatch.setattr(engine, "take", lambda _: None)  # as the engine says then
+    assert thread.take("a").result(10) is None
+    with pytest.raises(InvalidRequest, match="already being denoised"):
+        thread.add(Request("a", prepared()))
+
+
+def test_a_last_step_that_was_launched_is_not_thrown_away(tiny_pipeline_float64, prepared):
+    request, events = prepared(num_inference_steps=1), Events()
+    measured = Measurement(shape=request.trajectory.shape, rows=2, step_s=60.0, memory_bytes=0)
+    budgets = RowBudgets(Profile(device="", dtype="", measurements=(measured,)))
+    engine = Engine(tiny_pipeline_float64.unet, budgets, runs_ahead=True)
+    thread = EngineThread(engine, events)
+    thread.add(Request("a", request))
+    while not engine._launched:  # it is told when the next is launched, in a minute
+        time.sleep(0.001)
+    thread.close()
+    assert isinstance(events.ending_of("a"), Finished)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from references import relative_error
 
+from t2v_core import stages
 from t2v_core.engine import Engine, Finished, Preview, Request, RowBudgets
 from t2v_core.engine.preview import FewFrames
 from t2v_core.pipeline import load
+from t2v_core.trajectory import Trajectory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -65,3 +67,19 @@ def test_running_ahead_changes_no_result(pipeline, requests):
     assert ahead.keys() == one_by_one.keys()
     for name, latents in ahead.items():  # not to the bit: the last steps of some are in other batches
         assert relative_error(latents.double(), one_by_one[name].double()) <= 2e-2
+
+
+def test_a_request_is_made_ready_without_waiting_for_the_gpu(pipeline):
+    size = {"num_frames": 4, "width": 64, "height": 64}
+    params = pipeline.params("a panda", **size)
+    plan = stages.plan(pipeline.schedule, params)
+    cuda = torch.device("cuda")
+    saved = stages.start(params, plan, cuda, torch.float16).to_bytes()
+    latents = torch.zeros(params.shape.latents())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stages.start(params, plan, cuda, torch.float16)
+        stages.start(params, plan, cuda, torch.float16, stages.EncodedVideo(latents, latents).to(cuda))
+        Trajectory.from_bytes(saved, cuda)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
