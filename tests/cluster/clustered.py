@@ -88,7 +88,7 @@ class Clustered(Running):
 
     def all_replicas(self, deployment: str, state: str = "RUNNING") -> list[Replica]:
         listed = self.application()["deployments"][deployment]["replicas"]
-        replicas = [Replica(deployment, r["replica_id"], r["state"], r["node_ip"]) for r in listed]
+        replicas = [Replica(deployment, r["replica_id"], r["state"], r.get("node_ip")) for r in listed]
         return [replica for replica in replicas if replica.state == state]
 
     def node_of(self, replica: Replica) -> RayNode:
