@@ -1,5 +1,6 @@
 """Where replicas may be: is there room for each, and is what needs no GPU kept off the nodes that have one?"""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,19 @@ def check_placement(where: str, app: AppConfig, groups: list[Group]) -> Iterator
 
 
 def _fits(where: str, app: AppConfig, groups: list[Group]) -> Iterator[Problem]:
-    """All replicas at once find room at their most, and the ones that are always there on the nodes always there."""
+    """All replicas at once find room at their most, and the ones that are always there on the nodes always there.
+
+    So do, on all nodes that may be, those and the ones of another configuration that are started before these stop.
+    """
+    left = _left_out(_replicas(app, most=False, rolling=True), groups, most=True)
+    if left:
+        names = ", ".join(sorted({replica.name for replica in left}))
+        yield Problem(
+            "rollout",
+            where,
+            f"{len(left)} replicas ({names}) of a new configuration find no room beside the old ones, and Serve waits"
+            " for ever: raise maxReplicas, or lower num_cpus or max_surge_percent",
+        )
     for most, size in ((True, "maxReplicas"), (False, "minReplicas")):
         left = _left_out(_replicas(app, most), groups, most)
         if left:
@@ -69,13 +82,18 @@ def _stays_away(where: str, app: AppConfig, groups: list[Group]) -> Iterator[Pro
             )
 
 
-def _replicas(app: AppConfig, most: bool) -> list[_Replica]:
+def _replicas(app: AppConfig, most: bool, *, rolling: bool = False) -> list[_Replica]:
+    """At most or at least; with `rolling`, and the new ones that may be there beside them, largest first."""
+
+    def with_new(count: int, placement: Placement) -> int:
+        return count + math.ceil(count * placement.max_surge_percent / 100) if rolling else count
+
     found: list[_Replica] = []
     for name, stage in (("TextEncoder", app.text_encoder), ("Denoiser", app.denoiser), ("Decoder", app.decoder)):
         count = stage.max_replicas if most else stage.min_replicas
-        found += count * [_Replica(name, stage, stage.num_gpus)]
+        found += with_new(count, stage) * [_Replica(name, stage, stage.num_gpus)]
     for name, part in (("Generator", app.generator), ("Ingress", app.ingress)):
-        found += part.num_replicas * [_Replica(name, part)]
+        found += with_new(part.num_replicas, part) * [_Replica(name, part)]
     return sorted(found, key=lambda replica: (replica.gpus, replica.placement.num_cpus), reverse=True)
 
 

@@ -22,13 +22,14 @@ from cluster.serving import check_serving
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("overlays/one-gpu", "overlays/gpu-pool", "overlays/dev", "examples/handle-caller")
+_APPLIED_LATER = ("ingress.yaml", "handle-caller/job-call.yaml")
 CRDS = "T2V_KUBERAY_CRDS"
 _BESIDE = ROOT.parent.parent / "shared" / "kuberay"
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What is deployed together, the Ingress included where it is for the same namespace."""
+    """What is deployed together, and what the guide applies later in the same namespace."""
 
     name: str
     manifests: list[Manifest]
@@ -41,12 +42,13 @@ def tree(name: str) -> Tree:
     """A folder of cluster/kuberay, rendered. Raises CannotRender."""
     manifests = render(KUBERAY / name)
     namespaces = {manifest["metadata"].get("namespace") for manifest in manifests}
-    ingress = [m for m in load(KUBERAY / "examples" / "ingress.yaml") if m["metadata"]["namespace"] in namespaces]
+    examples = [manifest for name in _APPLIED_LATER for manifest in load(KUBERAY / "examples" / name)]
+    later = [manifest for manifest in examples if manifest["metadata"]["namespace"] in namespaces]
     pins = (ROOT.parent / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     (ray_version,) = (line.removeprefix("ray==") for line in pins if line.startswith("ray=="))
     return Tree(
         name=name,
-        manifests=manifests + ingress,
+        manifests=manifests + later,
         secrets=load(KUBERAY / "examples" / "secrets.yaml"),
         guide=(ROOT / "README.md").read_text(encoding="utf-8"),
         ray_version=ray_version,

@@ -20,13 +20,13 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx2
 
-from t2v_core.engine import Engine, Finished, Profile, Request, RowBudgets, free_memory_bytes, measure
+from t2v_core.engine import Engine, Failed, Finished, Profile, Request, RowBudgets, free_memory_bytes, measure
 from t2v_core.pictures import encode_spritesheet, encode_thumbnail
 from t2v_core.pipeline import Pipeline, load
 from t2v_core.video import Video
@@ -99,6 +99,7 @@ class Alone:
         params = {str(seed): self._pipeline.params(PROMPT, seed=seed, **self._settings) for seed in range(num_jobs)}
         waiting = list(params)
         began = time.perf_counter()
+        encoded: list[Future[None]] = []
         with ThreadPoolExecutor(2) as encoding:
             while waiting or len(engine):
                 while waiting and len(engine) < self._max_ongoing:
@@ -106,9 +107,13 @@ class Alone:
                     engine.add(Request(name, self._pipeline.prepare(params[name])))
                 time.sleep(engine.pause_s())
                 for event in engine.advance():
+                    if isinstance(event, Failed):
+                        raise event.error  # then the time would be of fewer videos
                     if isinstance(event, Finished):
                         frames = self._pipeline.decode(event.trajectory.latents)
-                        encoding.submit(_encode, Video(frames, params[event.id], self._pipeline.name))
+                        encoded.append(encoding.submit(_encode, Video(frames, params[event.id], self._pipeline.name)))
+        for video in encoded:
+            video.result()
         return time.perf_counter() - began
 
 

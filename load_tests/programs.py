@@ -8,7 +8,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -85,8 +85,9 @@ class Programs:
                 self.note(name, f"{config.stem}: ready after {time.monotonic() - began:.0f} s")
                 yield url
         finally:
-            with tarfile.open(self.out / f"{name}-{config.stem}.tar.gz", "w:gz") as archive:
-                archive.add(_RAY_LOGS.resolve(), "logs")
+            if _RAY_LOGS.exists():  # else Ray was not even started
+                with tarfile.open(self.out / f"{name}-{config.stem}.tar.gz", "w:gz") as archive:
+                    archive.add(_RAY_LOGS.resolve(), "logs")
 
     def note(self, name: str, line: str) -> None:
         """Into the log."""
@@ -104,8 +105,8 @@ def _is_ready(url: str) -> bool:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(_STOPPING_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

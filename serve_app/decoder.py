@@ -56,7 +56,6 @@ class Decoder:
         began = time.monotonic()
         frames = await self._on_device(stages.decode_frames, latents)
         decoded = time.monotonic()
-        tell_memory(self._metrics, gpu_memory(self._device))
         loop = asyncio.get_running_loop()
         video, thumbnail, spritesheet = await asyncio.gather(
             loop.run_in_executor(self._encoding, Video(frames, params, self._model).encode),
@@ -81,7 +80,8 @@ class Decoder:
         )
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose GPU is lost, or hangs."""
+        """Serve replaces a replica whose GPU is lost, or hangs. It asks often enough for gauges, which Ray forgets."""
+        tell_memory(self._metrics, gpu_memory(self._device))
         self._health.check()
 
     async def _on_device(self, work: Callable[[Autoencoder, Tensor], _Result], given: Tensor) -> _Result:

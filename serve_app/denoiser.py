@@ -25,7 +25,7 @@ from serve_app.draining import leaves_in_s
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import Superseded, Unavailable
 from serve_app.job_logs import fields, log_through_serve, name_job
-from serve_app.memory import free_bytes
+from serve_app.memory import free_bytes, gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from serve_app.owners import gone, this_replica
 from serve_app.sizes import SizeLimit, measured
@@ -119,7 +119,7 @@ class Denoiser:
         self._engine = Engine(unet, budgets, previewer=previewer, cached_steps=config.cached_steps)
         if self._device.type == "cuda":
             self._rehearse(weights)
-        self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters, self._device)
+        self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters)
         self._thread = EngineThread(self._engine, self._hand_over)
         self._live: dict[str, _Live] = {}  # by engine id
         self._watch: asyncio.Task[None] | None = None
@@ -184,7 +184,8 @@ class Denoiser:
         return self._size_limit
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose GPU is lost, or hangs."""
+        """Serve replaces a replica whose GPU is lost, or hangs. It asks often enough for gauges, which Ray forgets."""
+        tell_memory(self._metrics, gpu_memory(self._device))
         if self._thread.failure:
             raise Unavailable(f"the denoiser broke down ({self._thread.failure}): it is replaced")
         if self._live and time.monotonic() - self._heard_s > self._config.stuck_after_s:

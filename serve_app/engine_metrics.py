@@ -1,19 +1,13 @@
 """What an engine does, told to the metrics step by step."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import fields
 
-import torch
-
 from serve_app import metrics
-from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from t2v_core.engine import Event, Preview
 from t2v_core.engine.counters import Counters
 from t2v_core.shapes import LatentShape
-
-_MEMORY_EVERY_S = 1.0
 
 
 class EngineMetrics:
@@ -22,10 +16,9 @@ class EngineMetrics:
     A step hands out an event of each of its requests before the next begins, so the first of them finds that one step.
     """
 
-    def __init__(self, told: Metrics, counters: Mapping[LatentShape, Counters], device: torch.device) -> None:
-        self._told, self._counters, self._device = told, counters, device
+    def __init__(self, told: Metrics, counters: Mapping[LatentShape, Counters]) -> None:
+        self._told, self._counters = told, counters
         self._before = Counters()
-        self._memory_told_s = 0.0
 
     def tell(self, event: Event) -> None:
         """The event, and all that has happened since the one before."""
@@ -35,9 +28,6 @@ class EngineMetrics:
         if now != before:
             self._before = now
             self._tell_growth(before, now)
-        if time.monotonic() - self._memory_told_s > _MEMORY_EVERY_S:
-            self._memory_told_s = time.monotonic()
-            tell_memory(self._told, gpu_memory(self._device))
 
     def _tell_growth(self, before: Counters, now: Counters) -> None:
         told, num_steps = self._told, now.steps - before.steps

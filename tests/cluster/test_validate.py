@@ -75,6 +75,7 @@ BREAKS = [
     served("fit", "Generator", "applications.0.args.generator.label_selector", {"pool": "gpu"}),
     served("fit", "Ingress", "applications.0.args.ingress.label_selector", {"pool": "!in(cpu, gpu)"}),
     Break("fit", "label a group", f"{CPU}.labels", {}),
+    served("rollout", "beside the old ones", "applications.0.args.text_encoder.num_cpus", 4, ONE),
     served("placement", "Generator has num_cpus 0", "applications.0.args.generator.num_cpus", 0, ONE),
     Break("GPU nodes", 'CPU: "0"', f"{GPU}.resources.CPU", "4"),
     served("SQLite", "use postgresql", "applications.0.args.storage.database", "sqlite:////var/lib/t2v/t2v.db"),

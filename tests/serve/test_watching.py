@@ -9,7 +9,6 @@ from typing import Any
 import httpx2
 import pytest
 import ray
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from running import PROMPT, Running, config, free_port, ray_started, running, wait_for
@@ -160,7 +159,7 @@ class OnGpu:
     def tell(self) -> None:
         told = Metrics()
         counters = {VideoShape(16, 128, 128).latents(): Counters(steps=1, step_s=0.5, rows=2, out_of_memory=3)}
-        EngineMetrics(told, counters, torch.device("cpu")).tell(Stepped("a", 1, 5))
+        EngineMetrics(told, counters).tell(Stepped("a", 1, 5))
         tell_memory(told, GpuMemory(allocated=3 << 30, reserved=5 << 30))
 
 

@@ -2,12 +2,15 @@
 
 import logging
 import tempfile
+import time
 from pathlib import Path
 
 import ray
 from ray import serve
 
 ray.init("auto", logging_level=logging.WARNING)
+while (app := serve.status().applications.get("t2v")) is None or app.status != "RUNNING":  # it is being deployed
+    time.sleep(2)
 handle = serve.get_app_handle("t2v")
 # With the job's id, its work stops when the job ends or is killed.
 caller = ray.get_runtime_context().get_job_id()
