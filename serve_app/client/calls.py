@@ -21,6 +21,7 @@ _LONGEST_PAUSE_S = 8.0
 _LONGEST_RETRY_AFTER_S = 60.0  # who is told to wait longer is told so, and decides
 _MAX_RECONNECTS = 8  # in a row: half a minute, in which a service starts anew
 _SILENCE_S = 45.0  # the service says something every 15 seconds
+_LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)  # each stream of events holds a connection
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -115,6 +116,7 @@ class Options(TypedDict):
 
     base_url: str
     headers: dict[str, str]
+    limits: httpx2.Limits
 
 
 def options_of(base_url: str, api_key: str | None) -> Options:
@@ -129,7 +131,11 @@ def options_of(base_url: str, api_key: str | None) -> Options:
         raise ApiError(
             "api_key: must be printable ASCII without spaces around it; look for a line break", param="api_key"
         )
-    return {"base_url": base_url, "headers": {"authorization": f"Bearer {api_key}"} if api_key else {}}
+    return {
+        "base_url": base_url,
+        "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
+        "limits": _LIMITS,
+    }
 
 
 def model_of(response: httpx2.Response, model: type[_Model]) -> _Model:

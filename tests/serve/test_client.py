@@ -227,6 +227,16 @@ async def test_make_gives_the_video_when_it_is_made(service: Service, connect: C
     assert (video.status, video.seed, video.step) == ("completed", 7, 5)
 
 
+async def test_more_may_watch_than_a_pool_holds_by_default(service: Service) -> None:
+    video = await service.create()
+    async with AsyncClient(service.url, timeout_s=2, max_retries=0) as client:
+        streams = [client.events(video["id"]) for _ in range(101)]
+        first = await asyncio.gather(*(anext(events) for events in streams))
+        assert {type(event) for event in first} == {Queued}
+        assert (await client.cancel(video["id"])).status == "cancelled"
+        assert {type(event) for events in streams for event in await all_of(events)} == {Cancelled}
+
+
 async def test_wait_gives_a_failed_video_and_why(service: Service, connect: Connect) -> None:
     video = await service.create()
     waiting = asyncio.create_task(connect(service.url).do("wait", video["id"]))
