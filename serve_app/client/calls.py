@@ -2,6 +2,7 @@
 
 import random
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ FIRST_PAUSE_S = 0.25  # before the second try; each further pause is twice as lo
 _LONGEST_PAUSE_S = 8.0
 _LONGEST_RETRY_AFTER_S = 60.0  # who is told to wait longer is told so, and decides
 _MAX_RECONNECTS = 8  # in a row: half a minute, in which a service starts anew
+_STAYED_OPEN_S = 15.0  # a stream that lasts so long works, whatever it tells of: a video may wait for hours
 _SILENCE_S = 45.0  # the service says something every 15 seconds
 _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)  # each stream of events holds a connection
 
@@ -163,17 +165,25 @@ class Retries:
     """The tries that one call has left."""
 
     def __init__(self, max_retries: int, *, is_repeatable: bool = True) -> None:
-        self._num_left = max_retries
+        self._num_at_first = self._num_left = max_retries
         self._is_repeatable = is_repeatable
         self._pause_s = FIRST_PAUSE_S
+        self._opened_s: float | None = None
 
-    @classmethod
-    def after_event(cls, max_retries: int) -> "Retries":
+    def opened(self) -> None:
+        """A stream of events has begun."""
+        self._opened_s = time.monotonic()
+
+    def renew(self) -> None:
         """Those of a stream that has worked: it is worth more than one that never did."""
-        return cls(max(max_retries, _MAX_RECONNECTS))
+        self._num_left = max(self._num_at_first, _MAX_RECONNECTS)
+        self._pause_s = FIRST_PAUSE_S
 
     def pause_s(self, error: ApiError) -> float:
         """How long to wait before the next try. Raises the error where there is none."""
+        if self._stayed_open(error):
+            self.renew()
+        self._opened_s = None
         wait_s = error.retry_after_s or 0.0
         if self._num_left <= 0 or not self._may_pass(error) or wait_s > _LONGEST_RETRY_AFTER_S:
             raise error
@@ -181,6 +191,10 @@ class Retries:
         pause_s = self._pause_s * random.uniform(0.75, 1.25)  # so that many clients do not come back together
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return max(wait_s, pause_s)
+
+    def _stayed_open(self, error: ApiError) -> bool:
+        was_silent = isinstance(error.__cause__, httpx2.TimeoutException)  # open, but nobody spoke
+        return self._opened_s is not None and not was_silent and time.monotonic() - self._opened_s >= _STAYED_OPEN_S
 
     def _may_pass(self, error: ApiError) -> bool:
         if isinstance(error, ConnectionFailed):

@@ -123,12 +123,13 @@ class Client:
                 with self._open(calls.events_call(video_id, last_event_id)) as response:
                     if response.status_code == 204:  # the last event was seen
                         return
+                    retries.opened()
                     for sent in httpx2.EventSource(response):
                         last_event_id = sent.id or last_event_id
                         event = calls.received(response, sent)
                         if event is None:
                             continue
-                        retries = Retries.after_event(self._max_retries)
+                        retries.renew()
                         yield event
                         if isinstance(event, Ended):
                             return

@@ -522,6 +522,43 @@ async def test_events_end_when_the_service_stays_away(service: Service, connect:
 
 
 @pytest.mark.usefixtures("quick")
+async def test_streams_that_stay_open_are_no_failures_though_they_tell_nothing(
+    service: Service, connect: Connect, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(calls, "_STAYED_OPEN_S", 0.0)
+    video = await service.completed()
+    async with dropping(service.url, *[event_stream()] * 20) as proxy:
+        assert (await connect(proxy.url, max_retries=0).do("wait", video["id"])).status == "completed"
+        assert len(proxy.received) == 21
+
+
+@pytest.mark.usefixtures("quick")
+async def test_streams_that_end_at_once_are_failures(service: Service, connect: Connect) -> None:
+    async with dropping(service.url, *[event_stream()] * 20) as proxy:
+        await raised(connect(proxy.url, max_retries=2).do("wait", UNKNOWN), ConnectionFailed)
+        assert len(proxy.received) == 3
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_stream_that_nobody_speaks_on_has_not_worked(connect: Connect, monkeypatch: Any) -> None:
+    monkeypatch.setattr(calls, "_STAYED_OPEN_S", 0.0)
+    monkeypatch.setattr(calls, "_SILENCE_S", 0.1)
+    num_asked = 0
+
+    async def open_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        writer.write(answer("200 OK", content_type="text/event-stream", content_length="1"))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(open_only, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await raised(connect(url, max_retries=2).do("wait", UNKNOWN), ConnectionFailed)
+    assert num_asked == 3
+
+
+@pytest.mark.usefixtures("quick")
 async def test_events_of_a_newer_service_are_passed_over(service: Service, connect: Connect) -> None:
     video = await service.create()
     await (await service.claim()).complete()
