@@ -83,14 +83,14 @@ class AsyncClient:
     async def list(
         self, *, order: Order = "desc", after: str | None = None, page_size: int = 100
     ) -> AsyncIterator[Video]:
-        """All videos behind `after`, by time of creation. Pages are asked for as they are needed."""
-        while True:
-            page = await self._answer(calls.list_call(after, order, page_size), _page)
+        """All videos behind `after`, by time of creation. Asked for a page ahead: those given may be deleted."""
+        page: VideoPage | None = await self._page(calls.list_call(after, order, page_size))
+        while page is not None:
+            behind = page.last_id if page.has_more else None
+            following = None if behind is None else await self._page(calls.list_call(behind, order, page_size))
             for video in page.data:
                 yield video
-            after = page.last_id
-            if not page.has_more or after is None:
-                return
+            page = following
 
     async def cancel(self, video_id: str) -> Video:
         """Stop a video: at once while it is queued, at its next step while it is made."""
@@ -160,6 +160,9 @@ class AsyncClient:
 
     async def _video(self, call: Call) -> Video:
         return await self._answer(call, _video)
+
+    async def _page(self, call: Call) -> VideoPage:
+        return await self._answer(call, _page)
 
     async def _answer(self, call: Call, read: Callable[[httpx2.Response], Awaitable[_Result]]) -> _Result:
         """What `read` makes of the answer, at the first try that gets a whole one."""

@@ -80,14 +80,13 @@ class Client:
         return self._video(calls.retrieve_call(video_id))
 
     def list(self, *, order: Order = "desc", after: str | None = None, page_size: int = 100) -> Iterator[Video]:
-        """All videos behind `after`, by time of creation. Pages are asked for as they are needed."""
-        while True:
-            call = calls.list_call(after, order, page_size)
-            page = self._answer(call, lambda response: calls.model_of(_read(response), VideoPage))
+        """All videos behind `after`, by time of creation. Asked for a page ahead: those given may be deleted."""
+        page: VideoPage | None = self._page(calls.list_call(after, order, page_size))
+        while page is not None:
+            behind = page.last_id if page.has_more else None
+            following = None if behind is None else self._page(calls.list_call(behind, order, page_size))
             yield from page.data
-            after = page.last_id
-            if not page.has_more or after is None:
-                return
+            page = following
 
     def cancel(self, video_id: str) -> Video:
         """Stop a video: at once while it is queued, at its next step while it is made."""
@@ -151,6 +150,9 @@ class Client:
 
     def _video(self, call: Call) -> Video:
         return self._answer(call, lambda response: calls.model_of(_read(response), Video))
+
+    def _page(self, call: Call) -> VideoPage:
+        return self._answer(call, lambda response: calls.model_of(_read(response), VideoPage))
 
     def _answer(self, call: Call, read: Callable[[httpx2.Response], _Result]) -> _Result:
         """What `read` makes of the answer, at the first try that gets a whole one."""

@@ -188,6 +188,16 @@ async def test_list_goes_through_all_pages(service: Service, connect: Connect) -
     assert [video.id async for video in client.each("list", order="asc", after=ids[3])] == ids[4:]
 
 
+async def test_list_goes_on_while_its_videos_are_deleted(service: Service, connect: Connect) -> None:
+    ids = {(await service.create())["id"] for _ in range(5)}
+    client = connect(service.url)
+    deleted = set()
+    async for video in client.each("list", page_size=2):
+        await client.do("delete", video.id)
+        deleted.add(video.id)
+    assert deleted == ids
+
+
 async def test_list_of_nothing_is_empty(service: Service, connect: Connect) -> None:
     assert await all_of(connect(service.url).each("list")) == []
 
