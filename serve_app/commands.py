@@ -100,7 +100,8 @@ def submit(
         if video is None:
             made = client.create(prompt, **settings)
         else:
-            source = Path(video) if Path(video).exists() else video
+            # Path.exists raises for a name that is too long, and in a folder that is closed to us.
+            source = Path(video) if os.path.exists(video) else video  # noqa: PTH110
             made = client.edit(prompt, source, strength=strength, **settings)
         if not as_json:
             typer.echo(made.id)

@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, TypedDict, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from serve_app.client.errors import ApiError, ConnectionFailed, not_understood
+from serve_app.client.errors import ApiError, BadRequest, ConnectionFailed, not_understood
 from serve_app.client.models import Event, Variant, VideoSettings, event_of
 
 Order = Literal["asc", "desc"]
@@ -37,22 +37,27 @@ class Call:
     params: Mapping[str, str | int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, object] | None = None
-    file: tuple[str, bytes] | None = None  # the body's "video", which makes it a form
+    file: bytes | None = None  # the body's "video", which makes it a form
     is_repeatable: bool = True
     silence_s: float | None = None  # how long an answer may pause; None is the client's own timeout
 
     def request(self, client: httpx2.Client | httpx2.AsyncClient, timeout_s: float) -> httpx2.Request:
-        """The request of this call."""
+        """The request of this call. Raises BadRequest for what no request can hold."""
         timeout = httpx2.Timeout(timeout_s, read=self.silence_s or timeout_s)
         url, params, headers = self.path, dict(self.params), dict(self.headers)
-        if self.file is not None:
-            form = _form(self.body or {})
-            files = {"video": self.file}
-            return client.build_request(
-                self.method, url, params=params, headers=headers, data=form, files=files, timeout=timeout
-            )
-        body = None if self.body is None else dict(self.body)
-        return client.build_request(self.method, url, params=params, headers=headers, json=body, timeout=timeout)
+        try:
+            if self.file is not None:
+                form = _form(self.body or {})
+                files = {"video": ("video", self.file)}
+                return client.build_request(
+                    self.method, url, params=params, headers=headers, data=form, files=files, timeout=timeout
+                )
+            body = None if self.body is None else dict(self.body)
+            return client.build_request(self.method, url, params=params, headers=headers, json=body, timeout=timeout)
+        except (ValueError, httpx2.InvalidURL) as error:
+            raise BadRequest(
+                f"{self.method} {url}: cannot be sent ({error}); numbers must be finite, and text must be Unicode"
+            ) from error
 
 
 def create_call(prompt: str, settings: VideoSettings, idempotency_key: str | None) -> Call:
@@ -68,7 +73,7 @@ def edit_call(
     headers = _idempotent(idempotency_key)
     if isinstance(video, str):
         return Call("POST", "/v1/videos/edits", headers=headers, body={**body, "video": {"id": video}})
-    file = ("video", video) if isinstance(video, bytes) else (video.name, video.read_bytes())
+    file = video if isinstance(video, bytes) else _content_of(video)
     return Call("POST", "/v1/videos/edits", headers=headers, body=body, file=file)
 
 
@@ -98,7 +103,9 @@ def content_call(video_id: str, variant: Variant) -> Call:
 
 
 def events_call(video_id: str, last_event_id: str | None) -> Call:
-    headers = {"accept": "text/event-stream"} | ({"last-event-id": last_event_id} if last_event_id else {})
+    headers = {"accept": "text/event-stream"}
+    if last_event_id:
+        headers["last-event-id"] = _checked(last_event_id, "last_event_id")
     return Call("GET", f"{_path(video_id)}/events", headers=headers, silence_s=_SILENCE_S)
 
 
@@ -129,13 +136,9 @@ def options_of(base_url: str, api_key: str | None) -> Options:
         raise ApiError(f"base_url {base_url!r}: is no address ({error})", param="base_url") from error
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise ApiError(f"base_url {base_url!r}: must be like http://127.0.0.1:8000", param="base_url")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
-        raise ApiError(
-            "api_key: must be printable ASCII without spaces around it; look for a line break", param="api_key"
-        )
     return {
         "base_url": base_url,
-        "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
+        "headers": {"authorization": f"Bearer {_checked(api_key, 'api_key')}"} if api_key else {},
         "limits": _LIMITS,
     }
 
@@ -223,4 +226,19 @@ def _path(video_id: str) -> str:
 
 
 def _idempotent(key: str | None) -> dict[str, str]:
-    return {"idempotency-key": key or secrets.token_hex(16)}
+    return {"idempotency-key": _checked(key, "idempotency_key") if key else secrets.token_hex(16)}
+
+
+def _checked(value: str, name: str) -> str:
+    """The value, which a header can hold, and which may be a secret. Raises ApiError."""
+    if not (value.isascii() and value.isprintable() and value.strip() == value):
+        raise ApiError(f"{name}: must be printable ASCII without spaces around it; look for a line break", param=name)
+    return value
+
+
+def _content_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ApiError(f"video {str(file)!r}: cannot be read ({reason}); name a file", param="video") from error

@@ -1,7 +1,7 @@
 """What a call of the client can raise, and how an answer becomes one of these.
 
 ApiError
-├── BadRequest           400: a setting, or a combination of them, is not allowed
+├── BadRequest           400, or not sent: a setting, or a combination of them, is not allowed
 ├── Unauthorized         401: no key, or one that is not known
 ├── NotFound             404: no such video, another key's, or its file is gone
 ├── Conflict             409: not in this state of the video
@@ -40,7 +40,7 @@ class ApiError(Exception):
 
 
 class BadRequest(ApiError):
-    """A setting, or a combination of settings, is not allowed: `param` names it."""
+    """A setting, or a combination of settings, is not allowed: `param` names it where the service was asked."""
 
 
 class Unauthorized(ApiError):
@@ -110,9 +110,11 @@ def not_understood(response: httpx2.Response) -> ApiError:
 
 @contextmanager
 def transport_explained(base_url: str) -> Iterator[None]:
-    """Raise ConnectionFailed for whatever goes wrong on the wire inside."""
+    """Raise ConnectionFailed for whatever goes wrong on the wire inside, BadRequest for what is not fit for it."""
     try:
         yield
+    except httpx2.LocalProtocolError as error:
+        raise BadRequest(f"{base_url}: the request cannot be sent ({error}); its headers must be plain text") from error
     except httpx2.RequestError as error:
         reason = str(error) or type(error).__name__
         was_sent = not isinstance(error, _BEFORE_SENDING)

@@ -67,7 +67,7 @@ class Client:
     ) -> Video:
         """Queue a video that is made of another one: a completed video by its id, a file, or a file's bytes.
 
-        `strength`, from above 0 to 1, says how much of it is made anew. Raises OSError for a file that cannot be read.
+        `strength`, from above 0 to 1, says how much of it is made anew.
         """
         return self._video(calls.edit_call(prompt, video, strength, settings, idempotency_key))
 

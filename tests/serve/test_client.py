@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, get_args
 
+import httpx2
 import pytest
 from anyio import to_thread
 from api_service import ALICE, BOB, KEYS, UNKNOWN, Service
@@ -42,6 +43,7 @@ from serve_app.client import (
     VideoSettings,
     calls,
 )
+from serve_app.client.errors import transport_explained
 from serve_app.client.models import Event
 from serve_app.events import EventName
 from serve_app.jobs.model import JobStatus
@@ -404,6 +406,49 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> Non
     with pytest.raises(ApiError, match="api_key") as caught:
         Client(api_key=key)
     assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["a\nb", "ключ", " a", "\ud800"])
+async def test_what_no_header_can_hold_is_refused(shared_service: Service, connect: Connect, value: str) -> None:
+    client = connect(shared_service.url)
+    for method, arguments in [("create", ("a",)), ("edit", ("a", UNKNOWN)), ("remix", (UNKNOWN, "a"))]:
+        error = await raised(client.do(method, *arguments, idempotency_key=value), ApiError)
+        assert error.param == "idempotency_key"
+    error = await raised(all_of(client.each("events", UNKNOWN, last_event_id=value)), ApiError)
+    assert error.param == "last_event_id"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"guidance_scale": float("nan")}, {"seconds": float("inf")}, {"metadata": {"a": "\ud800"}}]
+)
+async def test_what_no_body_can_hold_is_a_bad_request(
+    shared_service: Service, connect: Connect, settings: VideoSettings
+) -> None:
+    client = connect(shared_service.url)
+    await raised(client.do("create", "a", **settings), BadRequest)
+    await raised(client.do("edit", "a", b"no video", **settings), BadRequest)
+    await raised(client.do("edit", "a", UNKNOWN, **settings), BadRequest)
+
+
+@pytest.mark.parametrize("after", ["\ud800", "a" * 70_000])
+async def test_what_no_address_can_hold_is_a_bad_request(shared_service: Service, connect: Connect, after: str) -> None:
+    await raised(all_of(connect(shared_service.url).each("list", after=after)), BadRequest)
+
+
+@pytest.mark.parametrize("name", [".", "gone.mp4", "a\0b"])
+async def test_a_file_that_cannot_be_read_is_an_error_of_ours(
+    shared_service: Service, connect: Connect, tmp_path: Path, name: str
+) -> None:
+    error = await raised(connect(shared_service.url).do("edit", "a", tmp_path / name), ApiError)
+    assert error.param == "video"
+    assert repr(str(tmp_path / name)) in error.message
+
+
+def test_what_http_does_not_allow_is_no_broken_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(BadRequest, match="Illegal header value"), transport_explained(url):
+            httpx2.get(url, headers={"idempotency-key": "a\nb"})
 
 
 @pytest.mark.parametrize("video_id", ["", "../models", "a/b", "a?b", "video_é"])

@@ -89,7 +89,7 @@ async def test_the_openai_client_edits_a_file(service: Any, mp4: bytes) -> None:
 
 
 async def test_our_client_edits_bytes_a_file_and_a_video(service: Any, mp4: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "mine.mp4"
+    path = tmp_path / "mine\udcff.mp4"  # a byte that is no UTF-8
     path.write_bytes(mp4)
     made = await service.completed()
     settings: dict[str, Any] = {"seed": 3, "num_frames": 1, "metadata": {"order": "17"}, "num_inference_steps": 10}
