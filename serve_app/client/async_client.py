@@ -129,6 +129,7 @@ class AsyncClient:
                 async with self._open(calls.events_call(video_id, last_event_id)) as response:
                     if response.status_code == 204:  # the last event was seen
                         return
+                    calls.check_is_stream(response)
                     retries.opened()
                     async for sent in httpx2.EventSource(response):
                         last_event_id = sent.id or last_event_id

@@ -151,6 +151,12 @@ def model_of(response: httpx2.Response, model: type[_Model]) -> _Model:
         raise not_understood(response) from error
 
 
+def check_is_stream(response: httpx2.Response) -> None:
+    """Raise ApiError for an answer that is no stream of events."""
+    if response.headers.get("content-type", "").partition(";")[0].strip().lower() != "text/event-stream":
+        raise not_understood(response)
+
+
 def received(response: httpx2.Response, sent: httpx2.ServerSentEvent) -> Event | None:
     """An event of a stream, or None for one that says nothing to this client. Raises ApiError."""
     try:

@@ -628,6 +628,14 @@ async def test_events_of_a_newer_service_are_passed_over(service: Service, conne
     assert isinstance(completed, Completed)
 
 
+async def test_a_page_in_place_of_events_is_an_error_at_once(service: Service, connect: Connect) -> None:
+    async with dropping(service.url, answer("200 OK", b"<html>", content_type="text/html")) as proxy:
+        error = await raised(connect(proxy.url).do("wait", UNKNOWN), ApiError)
+        assert len(proxy.received) == 1
+    assert error.status == 200
+    assert "not one of this service's" in error.message
+
+
 async def test_an_event_that_makes_no_sense_is_an_error(service: Service, connect: Connect) -> None:
     async with dropping(service.url, event_stream("id: a\nevent: progress\ndata: {}\n\n")) as proxy:
         await raised(all_of(connect(proxy.url).each("events", UNKNOWN)), ApiError)
