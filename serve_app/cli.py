@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from serve_app.commands import commands
@@ -127,7 +128,8 @@ def _serve(
 
     started = time.monotonic()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with console.status(f"Starting {config.model}"):
+    starting_model = f"Starting {escape(config.model)}"
+    with console.status(starting_model):
         ray.init(
             address="local",  # whatever RAY_ADDRESS says
             include_dashboard=False,
@@ -140,10 +142,14 @@ def _serve(
     address = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{address}:{port}"
     try:
-        with console.status(f"Starting {config.model}"):
+        with console.status(starting_model):
             tell = partial(console.print, markup=False, soft_wrap=True, highlight=False)
             starting.run(build(config), _APP_NAME, tell)
-        console.print(f"{url}: the page, and the API under /v1 ({time.monotonic() - started:.0f} s)", highlight=False)
+        console.print(
+            f"{url}: the page, and the API under /v1 ({time.monotonic() - started:.0f} s)",
+            markup=False,
+            highlight=False,
+        )
         if first_prompt is not None:
             _make_first(console, url, first_prompt, first_output, os.environ.get("T2V_KEY"))
         if not once:
@@ -174,7 +180,9 @@ def _make_first(console: Console, url: str, prompt: str, output: Path, key: str 
         raise GenerationFailed(f"the first video: {error}") from error
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another path") from error
-    console.print(f"{output}: {video.size}, {video.num_frames} frames, seed {video.seed}", highlight=False)
+    console.print(
+        f"{output}: {video.size}, {video.num_frames} frames, seed {video.seed}", markup=False, highlight=False
+    )
 
 
 def _app_config(path: Path | None, model: str | None) -> "AppConfig":

@@ -276,11 +276,15 @@ async def test_ctrl_c_leaves_the_video_running_and_says_so(service: Service) -> 
     assert await work.step(2) == set()  # nobody asks for it to be cancelled
 
 
-async def test_the_first_video_of_serve_is_made_as_any_client_makes_one(service: Service, folder: Path) -> None:
-    make = functools.partial(_make_first, Console(stderr=True), service.url, "a", folder / "new" / "first.mp4", None)
+async def test_the_first_video_of_serve_is_made_as_any_client_makes_one(
+    service: Service, folder: Path, capsys: Any
+) -> None:
+    output = folder / "new" / "[red]first.mp4"  # no markup
+    make = functools.partial(_make_first, Console(stderr=True, width=500), service.url, "a", output, None)
     async with service.working():
         await to_thread.run_sync(make)
-    assert (folder / "new" / "first.mp4").read_bytes() == service.files.video
+    assert output.read_bytes() == service.files.video
+    assert f"{output}: " in capsys.readouterr().err
 
 
 async def test_a_first_video_that_fails_says_why(service: Service, folder: Path) -> None:
