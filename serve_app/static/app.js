@@ -8,7 +8,9 @@ const part = (id) => document.getElementById(id);
 /** What the service itself refused, with its own words. */
 class Refused extends Error { isFinal = true; }
 
+const isKey = (text) => /^[\x21-\x7e]+$/.test(text); // what a header can hold
 let key = sessionStorage.getItem("key");
+if (key !== null && !isKey(key)) key = null;
 let asking = null; // one question, however many calls wait for its answer
 
 async function call(path, options = {}) {
@@ -33,7 +35,9 @@ async function askForKey(refusal) {
   dialog.showModal();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
   if (dialog.returnValue !== "use") throw new Refused("No API key was given: reload to give one.");
-  key = part("key").value.trim();
+  const given = part("key").value.trim();
+  if (!isKey(given)) return askForKey("An API key is printable ASCII only, without spaces.");
+  key = given;
   sessionStorage.setItem("key", key);
 }
 
@@ -85,7 +89,7 @@ async function watch(id, signal) {
         if (signal.aborted) return;
         last = event.id ?? last;
         tell(event.event, event.data);
-        if (event.data.object === "video") return await refresh(); // its last state
+        if (event.data.object === "video") return await refreshed(); // its last state
       }
     } catch (error) {
       if (signal.aborted) return;
@@ -156,16 +160,30 @@ function element(tag, properties = {}, ...children) {
 const pictures = new Map(); // promises of the URLs of thumbnails, by id
 let listed, nextLook;
 
-async function refresh() {
-  const { data } = await (await call(`v1/videos?limit=${RECENT}`)).json();
+/** For those whose action has worked already: a list that cannot be had is asked for again. */
+const refreshed = () => refresh().catch(() => {});
+
+function lookAgain(isNeeded) {
   clearTimeout(nextLook);
-  if (data.some(isLive)) nextLook = setTimeout(() => refresh().catch(() => {}), 3000);
+  if (isNeeded) nextLook = setTimeout(refreshed, 3000);
+}
+
+async function refresh() {
+  let data;
+  try {
+    ({ data } = await (await call(`v1/videos?limit=${RECENT}`)).json());
+  } catch (error) {
+    lookAgain(!error.isFinal);
+    throw error;
+  }
+  lookAgain(data.some(isLive));
   const list = data.map((job) => `${job.id} ${job.status}`).join();
   if (list !== listed) {
     const focused = document.activeElement.id;
     part("recent").replaceChildren(...data.map(item));
     part("empty").hidden = data.length > 0;
     part(focused)?.focus();
+    dropPictures(data);
     listed = list;
   }
   markCurrent();
@@ -186,8 +204,22 @@ function item(job) {
 }
 
 async function addPicture(id, place) {
-  if (!pictures.has(id)) pictures.set(id, file(id, "thumbnail").then(URL.createObjectURL).catch(() => ""));
-  place.append(element("img", { src: await pictures.get(id), alt: "" }));
+  if (!pictures.has(id)) pictures.set(id, file(id, "thumbnail").then(URL.createObjectURL));
+  const picture = pictures.get(id);
+  try {
+    place.append(element("img", { src: await picture, alt: "" }));
+  } catch {
+    if (pictures.get(id) === picture) pictures.delete(id); // the next list asks again
+  }
+}
+
+function dropPictures(jobs) {
+  const kept = new Set(jobs.map((job) => job.id));
+  for (const [id, picture] of pictures) {
+    if (kept.has(id)) continue;
+    pictures.delete(id);
+    picture.then(URL.revokeObjectURL).catch(() => {});
+  }
 }
 
 async function forget(id) {
@@ -198,7 +230,7 @@ async function forget(id) {
     put(null);
     part("current").hidden = true;
   }
-  await refresh();
+  await refreshed();
   part("prompt").focus();
 }
 
@@ -217,16 +249,37 @@ async function attempt(action) {
   }
 }
 
+let unanswered = null; // the body of a video that was asked for, and its key: asked for again, it is no second one
+
 async function make() {
+  if (part("make").disabled) return;
   part("make").disabled = true;
   try {
     const body = JSON.stringify({ prompt: part("prompt").value.trim() });
-    const headers = { "content-type": "application/json" };
+    if (unanswered?.body !== body) unanswered = { body, key: randomKey() };
+    const headers = { "content-type": "application/json", "idempotency-key": unanswered.key };
     const job = await (await call("v1/videos", { method: "POST", headers, body })).json();
+    unanswered = null;
     show(job);
-    await refresh();
+    await refreshed();
+  } catch (error) {
+    if (error.isFinal) unanswered = null;
+    throw error;
   } finally {
     part("make").disabled = false;
+  }
+}
+
+/** randomUUID would do, were every page a secure context. */
+const randomKey = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(36)).join("-");
+
+async function cancel() {
+  part("cancel").disabled = true;
+  try {
+    await call(`v1/videos/${shown}/cancel`, { method: "POST" });
+  } catch (error) {
+    part("cancel").disabled = false;
+    throw error;
   }
 }
 
@@ -235,12 +288,9 @@ part("form").addEventListener("submit", (event) => {
   attempt(make);
 });
 part("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) part("form").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat) part("form").requestSubmit();
 });
-part("cancel").addEventListener("click", () => {
-  part("cancel").disabled = true;
-  attempt(() => call(`v1/videos/${shown}/cancel`, { method: "POST" }));
-});
+part("cancel").addEventListener("click", () => attempt(cancel));
 
 attempt(async () => {
   const recent = await refresh();
