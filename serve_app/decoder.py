@@ -38,7 +38,7 @@ class Decoder:
     def __init__(self, model: str, revision: str | None, config: DecoderConfig) -> None:
         log_through_serve()
         self._metrics = Metrics()
-        checkpoint, self._device, dtype = place(model, revision, config)
+        checkpoint, self._device, dtype = place(model, revision, config, ["autoencoder"])
         self._model = public_name(model)
         self._network = replay_decoder(load_autoencoder(checkpoint, self._device, dtype))
         on_gpu = self._device.type == "cuda"

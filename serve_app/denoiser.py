@@ -102,7 +102,7 @@ class Denoiser:
     def __init__(self, model: str, revision: str | None, config: DenoiserConfig) -> None:
         log_through_serve()
         self._config, self._metrics = config, Metrics()
-        weights, self._device, self._dtype = place(model, revision, config)
+        weights, self._device, self._dtype = place(model, revision, config, ["unet", "autoencoder"])
         check_precision(config.precision, self._dtype, self._device)
         fp8 = config.precision == "fp8"
         unet = replayed_unet(load_unet(weights, self._device, self._dtype, fp8=fp8))

@@ -59,7 +59,7 @@ class Ingress:
         self._generator, self._denoiser = generator, denoiser
         self._name = this_replica()
         self._app_name = serve.get_replica_context().app_name
-        self._defaults = open_checkpoint(model, revision=revision).config.defaults
+        self._defaults = open_checkpoint(model, revision=revision, networks=()).config.defaults
         self._jobs = await JobStore.open(
             storage.database, patience_s=DATABASE_PATIENCE_S, on_change=partial(count_change, Metrics())
         )

@@ -29,7 +29,7 @@ class TextEncoder:
     def __init__(self, model: str, revision: str | None, config: TextEncoderConfig) -> None:
         log_through_serve()
         self._metrics = Metrics()
-        checkpoint, device, dtype = place(model, revision, config)
+        checkpoint, device, dtype = place(model, revision, config, ["text_encoder"])
         self._health = Health("text encoder")
         self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
         self._network = load_text_encoder(checkpoint, device, dtype)

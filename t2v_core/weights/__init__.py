@@ -1,6 +1,6 @@
 """Weights: found, understood, named as our modules are, loaded strictly. Only this package knows checkpoint layouts."""
 
-from t2v_core.weights.checkpoint import Checkpoint
+from t2v_core.weights.checkpoint import Checkpoint, NetworkName
 from t2v_core.weights.convert import convert
 from t2v_core.weights.find import DEMO, open_checkpoint, public_name
 from t2v_core.weights.networks import load_autoencoder, load_text_encoder, load_unet
@@ -8,6 +8,7 @@ from t2v_core.weights.networks import load_autoencoder, load_text_encoder, load_
 __all__ = [
     "DEMO",
     "Checkpoint",
+    "NetworkName",
     "convert",
     "load_autoencoder",
     "load_text_encoder",

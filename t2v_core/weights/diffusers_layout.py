@@ -5,7 +5,7 @@ Our modules carry this layout's names, but for the text tower, which is OpenCLIP
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -13,24 +13,25 @@ from torch import Tensor
 
 from t2v_core.errors import CheckpointError
 from t2v_core.text_encoder import PADDING_ID
-from t2v_core.weights.checkpoint import Checkpoint
+from t2v_core.weights.checkpoint import Checkpoint, NetworkName, TensorReader
 from t2v_core.weights.diffusers_config import GENERATION_CONFIG, NETWORK_CONFIGS, read_config
 from t2v_core.weights.files import is_index, read_tensors
 
 MARKER = "model_index.json"
 
-_STEMS = {
+_FOLDERS: dict[NetworkName, str] = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
+_STEMS: dict[NetworkName, str] = {
     "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
+    "autoencoder": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-_PICKLE_STEMS = _STEMS | {"text_encoder": "pytorch_model"}
+_PICKLE_STEMS: dict[NetworkName, str] = _STEMS | {"text_encoder": "pytorch_model"}
 
 
-def needed_files(names: Sequence[str], half: bool) -> list[str]:
-    """Of all files in a repository, those that loading reads."""
+def needed_files(names: Sequence[str], half: bool, networks: Collection[NetworkName]) -> list[str]:
+    """Of all files in a repository, those that loading these networks reads."""
     needed = [MARKER, *NETWORK_CONFIGS, *(name for name in (GENERATION_CONFIG,) if name in names)]
-    for network in _STEMS:
+    for network in networks:
         chosen = _weights_file(names, network, half)
         needed.append(chosen)
         if is_index(chosen):
@@ -38,17 +39,16 @@ def needed_files(names: Sequence[str], half: bool) -> list[str]:
     return needed
 
 
-def open_folder(folder: Path, name: str, half: bool) -> Checkpoint:
-    """The checkpoint in this folder. Raises CheckpointError."""
+def open_folder(folder: Path, name: str, half: bool, networks: Collection[NetworkName]) -> Checkpoint:
+    """The checkpoint in this folder, with readers of these networks. Raises CheckpointError."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
-    paths = {network: folder / _weights_file(names, network, half) for network in _STEMS}
-    return Checkpoint(
-        name,
-        read_config(folder),
-        read_unet=lambda: read_tensors(paths["unet"]),
-        read_autoencoder=lambda: _current_attention_names(read_tensors(paths["vae"])),
-        read_text_encoder=lambda: text_tower_from_clip(read_tensors(paths["text_encoder"])),
-    )
+    paths = {network: folder / _weights_file(names, network, half) for network in networks}
+    readers: dict[NetworkName, TensorReader] = {
+        "unet": lambda: read_tensors(paths["unet"]),
+        "autoencoder": lambda: _current_attention_names(read_tensors(paths["autoencoder"])),
+        "text_encoder": lambda: text_tower_from_clip(read_tensors(paths["text_encoder"])),
+    }
+    return Checkpoint(name, read_config(folder), {network: readers[network] for network in networks})
 
 
 def _shards(names: Sequence[str], index: str) -> list[str]:
@@ -59,15 +59,16 @@ def _shards(names: Sequence[str], index: str) -> list[str]:
     return [name for name in names if re.fullmatch(rf"{stem}{variant}-\d+-of-\d+{kind}", name)]
 
 
-def _weights_file(names: Sequence[str], network: str, half: bool) -> str:
+def _weights_file(names: Sequence[str], network: NetworkName, half: bool) -> str:
     """The file of a network's weights to read: the wanted precision goes first, then safetensors before pickles."""
+    folder = _FOLDERS[network]
     for variant in (".fp16", "") if half else ("", ".fp16"):
         for stem, kind in ((_STEMS[network], ".safetensors"), (_PICKLE_STEMS[network], ".bin")):
-            for candidate in (f"{network}/{stem}{variant}{kind}", f"{network}/{stem}{kind}.index{variant}.json"):
+            for candidate in (f"{folder}/{stem}{variant}{kind}", f"{folder}/{stem}{kind}.index{variant}.json"):
                 if candidate in names:
                     return candidate
     raise CheckpointError(
-        f"{network}/ holds no {_STEMS[network]}.safetensors and no {_PICKLE_STEMS[network]}.bin; "
+        f"{folder}/ holds no {_STEMS[network]}.safetensors and no {_PICKLE_STEMS[network]}.bin; "
         "the checkpoint is incomplete: fetch it again"
     )
 

@@ -1,14 +1,14 @@
 """From what a user calls a checkpoint to one that is on this machine and understood."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from t2v_core.config import GenerationDefaults
 from t2v_core.errors import CheckpointError, CheckpointNotFound
 from t2v_core.weights import diffusers_layout, modelscope_layout
-from t2v_core.weights.checkpoint import Checkpoint
+from t2v_core.weights.checkpoint import NETWORKS, Checkpoint, NetworkName
 
 DEMO = "demo"  # what a user calls the checkpoint that comes with this package
 
@@ -28,11 +28,18 @@ _FAMILY = {
 }
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None, half: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    half: bool = False,
+    networks: Collection[NetworkName] = NETWORKS,
+) -> Checkpoint:
     """Find a checkpoint, fetch what is missing of it, and read its configuration.
 
     `model` is "demo", a folder or a hub id; `revision` is a hub id's branch, tag or commit; `half` prefers files of
-    fp16. Raises CheckpointNotFound or CheckpointError.
+    fp16. Weights are fetched of `networks` only, and no others can be read. Raises CheckpointNotFound or
+    CheckpointError.
     """
     name = str(model)
     if revision is not None and (model == DEMO or is_folder(model)):
@@ -43,9 +50,9 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, half: boo
     elif is_folder(model):
         folder = Path(model).expanduser()
     else:
-        folder = _fetch(name, revision, half)
+        folder = _fetch(name, revision, half, networks)
     markers = [layout.MARKER for layout in _LAYOUTS if (folder / layout.MARKER).is_file()]
-    checkpoint: Checkpoint = _layout(markers, name).open_folder(folder, name, half)
+    checkpoint: Checkpoint = _layout(markers, name).open_folder(folder, name, half, networks)
     family_name = Path(name).name
     if family_name in _FAMILY and checkpoint.config.defaults == GenerationDefaults():
         config = dataclasses.replace(checkpoint.config, defaults=_FAMILY[family_name])
@@ -76,7 +83,7 @@ def _demo() -> Path:
     return _DEMO_FOLDER
 
 
-def _fetch(name: str, revision: str | None, half: bool) -> Path:
+def _fetch(name: str, revision: str | None, half: bool, networks: Collection[NetworkName]) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointNotFound(
             f"{name}: no such folder, and not a hub id; give {DEMO}, a folder, "
@@ -87,7 +94,7 @@ def _fetch(name: str, revision: str | None, half: bool) -> Path:
     from t2v_core.weights.hub import download
 
     def select(names: Sequence[str]) -> Sequence[str]:
-        return _layout(names, name).needed_files(names, half)
+        return _layout(names, name).needed_files(names, half, networks)
 
     return download(name, revision=revision, select=select)
 

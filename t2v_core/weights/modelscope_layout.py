@@ -1,7 +1,7 @@
 """The layout of ModelScope's own release: one JSON file and three pickles, named as its authors' code names them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -10,26 +10,27 @@ from torch import Tensor
 
 from t2v_core.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 from t2v_core.errors import CheckpointError, CheckpointNotFound
-from t2v_core.weights.checkpoint import Checkpoint
+from t2v_core.weights.checkpoint import Checkpoint, NetworkName, TensorReader
 from t2v_core.weights.files import read_json, read_tensors
 
 MARKER = "configuration.json"
 
-_USUAL_NAMES = ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin")
+_UNET = "text2video_pytorch_model.pth"
+_SIZED_BY_TENSORS = ("VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin")
 
 
-def needed_files(names: Sequence[str], half: bool) -> list[str]:
-    """Of all files in a repository, those that loading reads. This layout has a single precision."""
-    missing = [name for name in _USUAL_NAMES if name not in names]
+def needed_files(names: Sequence[str], half: bool, networks: Collection[NetworkName]) -> list[str]:
+    """Of all files in a repository, those that loading these networks reads. This layout has a single precision."""
+    weights = [_UNET, *_SIZED_BY_TENSORS] if "unet" in networks else [*_SIZED_BY_TENSORS]
+    missing = [name for name in weights if name not in names]
     if missing:
         raise CheckpointError(f"{missing[0]} is not in the repository; it is no whole ModelScope checkpoint")
-    return [MARKER, *_USUAL_NAMES]
+    return [MARKER, *weights]
 
 
-def open_folder(folder: Path, name: str, half: bool) -> Checkpoint:
-    """The checkpoint in this folder. Raises CheckpointError."""
+def open_folder(folder: Path, name: str, half: bool, networks: Collection[NetworkName]) -> Checkpoint:
+    """The checkpoint in this folder, with readers of these networks. Raises CheckpointError."""
     model = read_json(folder / MARKER, _Configuration).model
-    unet = _find(folder, model.model_args.ckpt_unet)
     autoencoder = _find(folder, model.model_args.ckpt_autoencoder)
     text = _find(folder, model.model_args.ckpt_clip)
     # The sizes of these two are written nowhere but in the shapes of their tensors.
@@ -38,6 +39,13 @@ def open_folder(folder: Path, name: str, half: bool) -> Checkpoint:
     cfg = model.model_cfg
     if not cfg.temporal_attention:
         raise CheckpointError(f"{name}: temporal_attention is off; only models with it are known here")
+    readers: dict[NetworkName, TensorReader] = {
+        "autoencoder": lambda: _rename(_first_stage(read_tensors(autoencoder)), _autoencoder_name),
+        "text_encoder": lambda: _text_tower(read_tensors(text), text_config.layers),
+    }
+    if "unet" in networks:
+        unet = _find(folder, model.model_args.ckpt_unet)
+        readers["unet"] = lambda: _rename(read_tensors(unet), _unet_name)
     return Checkpoint(
         name,
         ModelConfig(
@@ -51,9 +59,7 @@ def open_folder(folder: Path, name: str, half: bool) -> Checkpoint:
             autoencoder=autoencoder_config,
             text_encoder=text_config,
         ),
-        read_unet=lambda: _rename(read_tensors(unet), _unet_name),
-        read_autoencoder=lambda: _rename(_first_stage(read_tensors(autoencoder)), _autoencoder_name),
-        read_text_encoder=lambda: _text_tower(read_tensors(text), text_config.layers),
+        {network: readers[network] for network in networks},
     )
 
 

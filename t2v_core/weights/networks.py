@@ -34,21 +34,21 @@ def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
     """The denoiser, ready to run. Raises CheckpointError where a tensor is missing, unexpected or misshapen."""
     with torch.device("meta"):
         unet = UNet3D(checkpoint.config.unet)
-    return _load(unet, "unet", checkpoint.read_unet(), checkpoint.name, device, dtype, fp8=fp8)
+    return _load(unet, "unet", checkpoint.read("unet"), checkpoint.name, device, dtype, fp8=fp8)
 
 
 def load_autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """The autoencoder, ready to run. Raises as `load_unet`."""
     with torch.device("meta"):
         autoencoder = Autoencoder(checkpoint.config.autoencoder)
-    return _load(autoencoder, "autoencoder", checkpoint.read_autoencoder(), checkpoint.name, device, dtype)
+    return _load(autoencoder, "autoencoder", checkpoint.read("autoencoder"), checkpoint.name, device, dtype)
 
 
 def load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """The text encoder, ready to run. Raises as `load_unet`."""
     with torch.device("meta"):
         text_encoder = TextEncoder(checkpoint.config.text_encoder)
-    return _load(text_encoder, "text_encoder", checkpoint.read_text_encoder(), checkpoint.name, device, dtype)
+    return _load(text_encoder, "text_encoder", checkpoint.read("text_encoder"), checkpoint.name, device, dtype)
 
 
 def _load(

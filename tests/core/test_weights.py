@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from hub_server import HubServer, Revision
 from safetensors.torch import load_file, save_file
 
 from t2v_core.errors import CheckpointError, CheckpointNotFound, InvalidRequest, OutputError, UnsafeCheckpoint
 from t2v_core.pipeline import load
 from t2v_core.weights import DEMO, convert, find, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights.checkpoint import NETWORKS
 from t2v_core.weights.diffusers_layout import needed_files
 from t2v_core.weights.files import read_tensors
 
@@ -111,9 +113,70 @@ def test_sharded_weights_are_joined_and_only_those_of_one_precision_fetched(chec
 
     everything = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()]
     for wanted, left_out, is_half in ((whole, half, False), (half, whole, True)):
-        needed = {name.removeprefix("unet/") for name in needed_files(everything, half=is_half)}
+        needed = {name.removeprefix("unet/") for name in needed_files(everything, is_half, NETWORKS)}
         assert wanted <= needed
         assert not left_out & needed
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_checkpoint_opened_for_one_network_needs_the_weights_of_no_other(checkpoint, tiny_checkpoint, network):
+    loaders = {"unet": load_unet, "autoencoder": load_autoencoder, "text_encoder": load_text_encoder}
+    own = {"unet": UNET, "autoencoder": VAE, "text_encoder": TEXT}[network] + ".safetensors"
+    everything = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()]
+    needed = needed_files(everything, False, [network])
+    for name in set(everything) - set(needed):
+        (checkpoint / name).unlink()
+    assert [name for name in needed if name.endswith(".safetensors")] == [own]
+    opened, whole = open_checkpoint(checkpoint, networks=[network]), open_checkpoint(tiny_checkpoint)
+    assert opened.config == whole.config
+    for name, load_network in loaders.items():
+        if name == network:
+            ours, expected = (load_network(c, CPU, torch.float32).state_dict() for c in (opened, whole))
+            assert_equal_tensors(ours, expected)
+        else:
+            with pytest.raises(CheckpointError, match=f"opened for {network} only; name {name}"):
+                load_network(opened, CPU, torch.float32)
+
+
+def test_a_configuration_is_read_without_any_weights(checkpoint, tiny_checkpoint):
+    for path in checkpoint.rglob("*.safetensors"):
+        path.unlink()
+    opened = open_checkpoint(checkpoint, networks=())
+    assert opened.config == open_checkpoint(tiny_checkpoint).config
+    with pytest.raises(CheckpointError, match="opened for its configuration only"):
+        load_unet(opened, CPU, torch.float32)
+
+
+@pytest.fixture
+def hub(checkpoint):
+    """A hub whose repository a test may change before it is asked."""
+    server = HubServer("owner/tiny", {"main": Revision("1" * 40, checkpoint)})
+    yield server
+    server.close()
+
+
+def opened_in_its_own_process(hub, home, arguments, **environment):
+    """What of its networks could be read, as the process that opened "owner/tiny" with these arguments says it."""
+    script = (
+        "from t2v_core.weights import open_checkpoint\n"
+        f"opened = open_checkpoint('owner/tiny', {arguments})\n"
+        "print(sorted(network for network in opened.readers if opened.read(network)))"
+    )
+    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    places |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(
+        command, env=os.environ | places | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_of_a_hub_id_weights_are_fetched_of_those_networks_that_are_asked_for(hub, tmp_path):
+    for networks, own in (([], []), (["text_encoder"], [TEXT]), (["unet", "autoencoder"], [UNET, VAE])):
+        num_before = len(hub.fetched())
+        done = opened_in_its_own_process(hub, tmp_path / "home", f"networks={networks}")
+        assert done.stdout.strip() == str(sorted(networks)), done.stderr
+        fetched = [name for name in hub.fetched()[num_before:] if not name.endswith(".json")]
+        assert sorted(fetched) == [f"{stem}.safetensors" for stem in own]
 
 
 @pytest.mark.parametrize("shard", ["../../secret.safetensors", "diffusion_pytorch_model.safetensors.index.json"])

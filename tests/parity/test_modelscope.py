@@ -1,14 +1,18 @@
 """A checkpoint in ModelScope's own files gives what ModelScope's own code gives, and converts without loss."""
 
+import shutil
+
 import modelscope_checkpoint
 import pytest
 import torch
 from einops import rearrange
 from references import modelscope_module, relative_error
 
+from t2v_core.errors import CheckpointError
 from t2v_core.pipeline import load
 from t2v_core.text_encoder import Tokenizer
 from t2v_core.weights import convert, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights.modelscope_layout import needed_files
 
 SIZES = modelscope_checkpoint.SMALL
 CPU = torch.device("cpu")
@@ -85,3 +89,20 @@ def test_converted_to_the_diffusers_layout_it_is_the_same_model(folder, tmp_path
         converted = load_network(after, CPU, torch.float32).state_dict()
         assert ours.keys() == converted.keys()
         assert all(torch.equal(ours[name], converted[name]) for name in ours)
+
+
+def test_the_unet_alone_can_be_left_out_for_the_sizes_of_the_others_are_in_their_tensors(folder, tmp_path):
+    unet = "text2video_pytorch_model.pth"
+    names = ["configuration.json", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"]
+    assert needed_files([*names, unet], False, ()) == names == needed_files(names, False, ["text_encoder"])
+    assert set(needed_files([*names, unet], False, ["unet"])) == {*names, unet}
+
+    ignore = shutil.ignore_patterns(unet)
+    rest = shutil.copytree(folder.parent, tmp_path / "rest", ignore=ignore) / folder.name
+    opened = open_checkpoint(rest, networks=["text_encoder"])
+    assert opened.config == open_checkpoint(folder).config
+    assert opened.read("text_encoder")
+    with pytest.raises(CheckpointError, match="opened for text_encoder only; name unet"):
+        opened.read("unet")
+    with pytest.raises(CheckpointError, match=f"{unet}: no such file"):
+        open_checkpoint(rest)
