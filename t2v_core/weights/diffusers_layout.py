@@ -5,6 +5,7 @@ Our modules carry this layout's names, but for the text tower, which is OpenCLIP
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def needed_files(names: Sequence[str], half: bool, networks: Collection[NetworkN
         chosen = _weights_file(names, network, half)
         needed.append(chosen)
         if is_index(chosen):
-            needed += _shards(names, chosen)
+            shards = _shards(names, chosen)
+            if not shards:
+                raise CheckpointError(f"{chosen}: not all shards that it lists are there; fetch the checkpoint again")
+            needed += shards
     return needed
 
 
@@ -52,21 +56,33 @@ def open_folder(folder: Path, name: str, half: bool, networks: Collection[Networ
 
 
 def _shards(names: Sequence[str], index: str) -> list[str]:
-    """The files that an index lists, told by their names: a.safetensors.index.fp16.json, a.fp16-00001-of-00002..."""
+    """The files that an index lists, if all are there: a.safetensors.index.fp16.json, a.fp16-00001-of-00002...
+
+    Told by their names, since the index itself may not be here yet.
+    """
     found = re.fullmatch(r"(.+)(\.safetensors|\.bin)\.index(\.\w+)?\.json", index)
     assert found, index
     stem, kind, variant = re.escape(found[1]), re.escape(found[2]), re.escape(found[3] or "")
-    return [name for name in names if re.fullmatch(rf"{stem}{variant}-\d+-of-\d+{kind}", name)]
+    matches = [re.fullmatch(rf"{stem}{variant}-\d+-of-(\d+){kind}", name) for name in names]
+    totals = {match[0]: int(match[1]) for match in matches if match}
+    num_held = Counter(totals.values())
+    return [name for name, total in totals.items() if num_held[total] == total]
 
 
 def _weights_file(names: Sequence[str], network: NetworkName, half: bool) -> str:
-    """The file of a network's weights to read: the wanted precision goes first, then safetensors before pickles."""
+    """The file of a network's weights to read: the wanted precision goes first, then safetensors before pickles.
+
+    An index whose shards are not all there is taken where there is nothing else.
+    """
     folder = _FOLDERS[network]
+    found: list[str] = []
     for variant in (".fp16", "") if half else ("", ".fp16"):
         for stem, kind in ((_STEMS[network], ".safetensors"), (_PICKLE_STEMS[network], ".bin")):
             for candidate in (f"{folder}/{stem}{variant}{kind}", f"{folder}/{stem}{kind}.index{variant}.json"):
                 if candidate in names:
-                    return candidate
+                    found.append(candidate)
+    if found:
+        return next((name for name in found if not is_index(name) or _shards(names, name)), found[0])
     raise CheckpointError(
         f"{folder}/ holds no {_STEMS[network]}.safetensors and no {_PICKLE_STEMS[network]}.bin; "
         "the checkpoint is incomplete: fetch it again"

@@ -41,8 +41,10 @@ def download(repo_id: str, *, revision: str | None = None, select: Select) -> Pa
     """Return the local folder that holds, whole, those files of a hub repository that `select` chose.
 
     `revision` is a branch, a tag or a commit, by default the main branch; it is resolved to a commit once.
-    `select` gets all file names of that commit and returns those to fetch; it may raise a CheckpointError.
-    Offline (HF_HUB_OFFLINE=1), or when the hub gives no answer, a complete cached snapshot serves.
+    `select` gets all file names of that commit and returns those to fetch, or raises a CheckpointError where they are
+    not enough.
+    Offline (HF_HUB_OFFLINE=1), or when the hub gives no answer, a cached snapshot serves that is complete or from
+    whose files alone `select` can choose.
 
     Raises CheckpointNotFound where repository, revision or hub are out of reach and the cache is no help,
     CheckpointError where a transfer keeps failing, a file is damaged or the disk takes no more.
@@ -93,8 +95,18 @@ def _find_in_cache(repo_id: str, revision: str, select: Select) -> Path:
         sizes = {path.relative_to(folder).as_posix(): None for path in folder.rglob("*") if path.is_file()}
     names = select(list(sizes))
     if lacking := _lacking(folder, names, sizes):
-        raise CheckpointNotFound(f"{folder} lacks {', '.join(lacking)}")
+        held = [name for name in sizes if (folder / name).is_file()]
+        if not _serves(folder, held, sizes, select):
+            raise CheckpointNotFound(f"{folder} lacks {', '.join(lacking)}")
     return folder
+
+
+def _serves(folder: Path, held: Sequence[str], sizes: Mapping[str, int | None], select: Select) -> bool:
+    """Whether what the folder holds is enough by itself, as files of another precision can be."""
+    try:
+        return not _lacking(folder, select(held), sizes)
+    except CheckpointError:
+        return False
 
 
 def _lacking(folder: Path, names: Sequence[str], sizes: Mapping[str, int | None]) -> list[str]:

@@ -38,10 +38,10 @@ from t2v_core.errors import CheckpointError
 from t2v_core.weights.hub import download
 
 def select(names):
-    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
+    chosen = [[name for name in names if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns]
+    if not all(chosen):
         raise CheckpointError("no weights here; give a checkpoint")
-    return chosen
+    return sum(chosen, [])
 
 if "MAX_FILE_BYTES" in os.environ:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["MAX_FILE_BYTES"]),) * 2)
@@ -312,7 +312,7 @@ def test_offline_a_cache_without_a_listing_serves_what_it_holds(
 ) -> None:
     client.download(patterns=(CONFIG,))
     shutil.rmtree(client.cache / "trees")  # as older releases of the library leave it
-    assert client.download(HF_HUB_OFFLINE="1").contents() == contents(first, CONFIG)
+    assert client.download(patterns=(CONFIG,), HF_HUB_OFFLINE="1").contents() == contents(first, CONFIG)
     outcome = client.download(patterns=(WEIGHTS,), HF_HUB_OFFLINE="1")
     assert_not_found(outcome, "no weights here", f"hf download {REPO}")
 

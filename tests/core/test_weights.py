@@ -52,6 +52,12 @@ def edit(path, change):
     save_file(tensors, path)
 
 
+def write_half(checkpoint):
+    for stem in (UNET, VAE, TEXT):
+        half = {name: tensor.half() for name, tensor in load_file(checkpoint / f"{stem}.safetensors").items()}
+        save_file(half, checkpoint / f"{stem}.fp16.safetensors")
+
+
 def test_pickled_weights_of_the_diffusers_layout_are_those_of_its_safetensors(checkpoint, tiny_checkpoint):
     for stem, pickled in ((UNET, UNET), (VAE, VAE), (TEXT, "text_encoder/pytorch_model")):
         path = checkpoint / f"{stem}.safetensors"
@@ -61,9 +67,7 @@ def test_pickled_weights_of_the_diffusers_layout_are_those_of_its_safetensors(ch
 
 
 def test_half_precision_files_are_read_when_half_is_wanted_and_whole_ones_otherwise(checkpoint, tiny_checkpoint):
-    for stem in (UNET, VAE, TEXT):
-        half = {name: tensor.half() for name, tensor in load_file(checkpoint / f"{stem}.safetensors").items()}
-        save_file(half, checkpoint / f"{stem}.fp16.safetensors")
+    write_half(checkpoint)
     halves = tensors_of(checkpoint, half=True)
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in halves.values())
     assert_equal_tensors(tensors_of(checkpoint), tensors_of(tiny_checkpoint))
@@ -177,6 +181,43 @@ def test_of_a_hub_id_weights_are_fetched_of_those_networks_that_are_asked_for(hu
         assert done.stdout.strip() == str(sorted(networks)), done.stderr
         fetched = [name for name in hub.fetched()[num_before:] if not name.endswith(".json")]
         assert sorted(fetched) == [f"{stem}.safetensors" for stem in own]
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+def test_offline_what_was_fetched_in_one_precision_serves_in_the_other(hub, checkpoint, tmp_path, is_half):
+    write_half(checkpoint)
+    online = opened_in_its_own_process(hub, tmp_path / "home", f"half={is_half}")
+    assert online.returncode == 0, online.stderr
+    assert f"{UNET}{'.fp16' if is_half else ''}.safetensors" in hub.fetched()
+    offline = opened_in_its_own_process(hub, tmp_path / "home", f"half={not is_half}", HF_HUB_OFFLINE="1")
+    assert offline.stdout == online.stdout == "['autoencoder', 'text_encoder', 'unet']\n", offline.stderr
+
+
+def test_offline_shards_of_the_other_precision_serve_when_all_are_there(hub, checkpoint, tmp_path):
+    write_half(checkpoint)
+    shards = write_shards(checkpoint / f"{UNET}.safetensors")
+    (checkpoint / f"{UNET}.safetensors").unlink()
+    assert opened_in_its_own_process(hub, tmp_path / "home", "networks=['unet']").returncode == 0
+    arguments, offline = "networks=['unet'], half=True", {"HF_HUB_OFFLINE": "1"}
+    served = opened_in_its_own_process(hub, tmp_path / "home", arguments, **offline)
+    assert served.stdout == "['unet']\n", served.stderr
+
+    (shard,) = (tmp_path / "home").rglob(f"snapshots/*/unet/{min(shards)}")
+    shard.unlink()
+    refused = opened_in_its_own_process(hub, tmp_path / "home", arguments, **offline)
+    assert "The cache cannot serve" in refused.stderr
+    assert f"lacks {UNET}.fp16.safetensors" in refused.stderr  # what was wanted, not what could have stood in
+
+
+def test_whole_shards_go_before_an_index_that_lacks_some(checkpoint, tiny_checkpoint):
+    path = checkpoint / f"{UNET}.safetensors"
+    whole, half = write_shards(path), write_shards(path, ".fp16")
+    path.unlink()
+    (path.parent / min(half)).unlink()
+    assert_equal_tensors(tensors_of(checkpoint, half=True), tensors_of(tiny_checkpoint))
+    (path.parent / min(whole)).unlink()
+    with pytest.raises(CheckpointError, match=f"{min(whole)}: no such file"):
+        load(checkpoint)
 
 
 @pytest.mark.parametrize("shard", ["../../secret.safetensors", "diffusion_pytorch_model.safetensors.index.json"])
