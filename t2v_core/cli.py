@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from t2v_core.config import MAX_CACHED_STEPS, DType, GenerationDefaults, ModelConfig, Precision, SamplerName
 from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
@@ -120,7 +121,7 @@ def convert(
     console = _console()
     with errors_explained(console):
         checkpoint = open_checkpoint(source, revision=revision, half=dtype == "fp16")
-        with console.status(f"Converting {source}"):
+        with console.status(Text(f"Converting {source}")):
             convert_checkpoint(checkpoint, destination, DTYPES[dtype])
         console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
 
@@ -210,7 +211,8 @@ def errors_explained(console: Console) -> Iterator[None]:
 
 
 def _console() -> Console:
-    return Console(stderr=True)
+    # What is printed holds names and messages that are not ours: none of it is markup.
+    return Console(stderr=True, markup=False, emoji=False)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

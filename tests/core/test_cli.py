@@ -209,3 +209,19 @@ def test_a_random_checkpoint_needs_no_download(tmp_path):
     assert made.returncode == 0, made.stderr
     done = t2v("generate", PROMPT, "--model", tmp_path / "random", "-o", tmp_path / "x.mp4", *QUICK)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_with_brackets_are_told_as_they_are(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    source = "[/foo]"
+    shutil.copytree(tiny_checkpoint, source)
+    converted = CliRunner().invoke(app, ["convert", source, "a [final] copy"])
+    assert "a [final] copy: written in fp32" in converted.output
+    output = "my [final] :cat: clip.mp4"
+    done = CliRunner().invoke(app, ["generate", PROMPT, "--model", source, "-o", output, *QUICK])
+    assert done.exit_code == 0, done.output
+    assert f"Loading {source}" in done.output
+    assert f"{output}: 4 frames of 64x64" in done.output
+    missing = CliRunner().invoke(app, ["generate", PROMPT, "--model", "[bar]"])
+    assert "Error: [bar]: no such folder" in missing.output
