@@ -21,7 +21,7 @@ from rich.text import Text
 from t2v_core.config import MAX_CACHED_STEPS, DType, GenerationDefaults, ModelConfig, Precision, SamplerName
 from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
 from t2v_core.media import VideoFormat, check_encoding, video_format_of
-from t2v_core.params import GenerationParams, Settings, resolve
+from t2v_core.params import GenerationParams, Settings, check_strength, resolve
 from t2v_core.pipeline import DTYPES, Pipeline, load
 from t2v_core.video import Video
 from t2v_core.weights import DEMO, open_checkpoint
@@ -158,7 +158,11 @@ def _check_before_loading(prompt: str, settings: Settings, input_video: Path | N
     if input_video is not None:
         if not input_video.is_file():
             raise UnreadableVideo(f"{input_video}: no such file; name a video")
-        settings = {**settings, "strength": None}  # checked with the video
+        if (strength := settings.get("strength")) is not None:
+            check_strength(strength)
+        settings = {**settings, "strength": None}  # without the video, it would be one too many
+    if settings.get("eta") is not None and settings.get("sampler") is None:
+        settings = {**settings, "sampler": "ddim"}  # as the checkpoint's default may be
     params = resolve(prompt, settings, GenerationDefaults())
     check_encoding(params.format, params.fps, crf)
 

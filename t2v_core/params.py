@@ -106,7 +106,7 @@ class GenerationParams:
             return
         if self.strength is None:
             raise InvalidRequest("strength is missing: an input video needs one in (0, 1]", param="strength")
-        _check_float("strength", self.strength, 0.0, 1.0)
+        check_strength(self.strength)
         if int(self.num_inference_steps * self.strength) < 1:
             raise InvalidRequest(
                 f"strength {self.strength} of {self.num_inference_steps} steps is less than one step: "
@@ -177,6 +177,11 @@ def resolve(
         )
     strength = defaults.strength if strength is None else strength
     return dataclasses.replace(params, num_frames=len(frames), strength=strength, video=frames)
+
+
+def check_strength(strength: float) -> None:
+    """Raises InvalidRequest for a strength that no request can have."""
+    _check_float("strength", strength, 0.0, 1.0)
 
 
 def _frames_of(video: Tensor, num_frames: int, params: GenerationParams) -> Tensor:

@@ -1,5 +1,6 @@
 """The command line, as a user types it: in a process of its own, but for the many mistakes, which share one."""
 
+import json
 import os
 import shutil
 import signal
@@ -99,6 +100,10 @@ def test_video_to_video_and_every_format(tiny_checkpoint, tmp_path):
         (["-o", "..", "--format", "mp4", "--model", "org/unknown", "--num-frames", "0"], 2, "num_frames 0"),
         (["--model", "org/unknown", "--input-video", "missing.mp4"], 2, "missing.mp4"),
         (["--model", "org/unknown", "--crf", "99"], 2, "crf 99"),
+        (["--model", "org/unknown", "--input-video", __file__, "--strength", "1.5"], 2, "strength 1.5"),
+        (["--model", "org/unknown", "--eta", "2"], 2, "eta 2.0"),
+        (["--model", "org/unknown", "--eta", "0.5", "--sampler", "euler"], 2, "only ddim has an eta"),
+        (["--eta", "0.5"], 2, "eta 0.5 with sampler dpmpp_2m"),
         (["--fps", "60", "--format", "gif"], 2, "a gif plays at most 50"),
         (["--crf", "99"], 2, "crf 99"),
         (["--device", "cuda:7"], 2, "device cuda:7"),
@@ -132,6 +137,16 @@ def test_a_format_completes_a_name_that_does_not_say_one(tiny_checkpoint, tmp_pa
     )
     assert done.exit_code == 0, done.output
     assert [path.name for path in tmp_path.iterdir()] == ["panda.v2.webm"]
+
+
+def test_an_eta_goes_with_a_checkpoint_whose_own_sampler_is_ddim(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    defaults = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(defaults | {"sampler": "ddim"}))
+    arguments = ["--model", str(folder), "--eta", "0.5", "-o", str(tmp_path / "panda.mp4"), *QUICK]
+    done = CliRunner().invoke(app, ["generate", PROMPT, *arguments])
+    assert done.exit_code == 0, done.output
+    assert "steps of ddim" in " ".join(done.output.split())
 
 
 def test_an_empty_prompt_is_refused(tiny_checkpoint, tmp_path):
