@@ -4,7 +4,8 @@ import pickle
 import re
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,10 +26,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU and memory-mapped: nothing is read before it is used.
 
     A `.index.json` stands for the shards that it lists. A training checkpoint's `state_dict` is unwrapped.
-    Raises CheckpointNotFound, CheckpointError for a damaged file, UnsafeCheckpoint for a pickle with code.
+    Raises CheckpointNotFound, CheckpointError for a file that is damaged or may not be read, UnsafeCheckpoint for a
+    pickle with code.
     """
-    if not path.is_file():
-        raise CheckpointNotFound(f"{path}: no such file; {_REDOWNLOAD}")
+    with _refusals_explained(path), path.open("rb"):
+        pass  # what the parsers below make of it would be told as damage
     if is_index(path.name):
         index = read_json(path, _ShardIndex)
         shards = sorted(set(index.weight_map.values()))
@@ -43,10 +45,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path, model: type[FileT]) -> FileT:
     """A JSON file as the given type. Raises CheckpointNotFound or CheckpointError."""
+    with _refusals_explained(path):
+        content = path.read_bytes()
     try:
-        return model.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointNotFound(f"{path}: no such file; {_REDOWNLOAD}") from error
+        return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
@@ -58,6 +60,18 @@ def read_json(path: Path, model: type[FileT]) -> FileT:
 def is_index(name: str) -> bool:
     """Whether a file lists shards: `.index.json` or, of a variant, `.index.fp16.json`."""
     return re.search(r"\.index(\.\w+)?\.json$", name) is not None
+
+
+@contextmanager
+def _refusals_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFound(f"{path}: no such file; {_REDOWNLOAD}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: is a folder and must be a file; {_REDOWNLOAD}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); permit it, or {_REDOWNLOAD}") from error
 
 
 class _ShardIndex(BaseModel):

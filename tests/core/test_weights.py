@@ -1,5 +1,6 @@
 """Checkpoints are found in every layout that users have, loaded strictly, and never run."""
 
+import ctypes
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -376,6 +378,46 @@ def test_a_missing_file_is_named(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(CheckpointError, match=name.split("/")[-1].split(".")[0]):
         load(checkpoint)
+
+
+FILES_OF_EACH_KIND = ("unet/config.json", f"{UNET}.safetensors", f"{UNET}.bin")
+
+
+@pytest.mark.parametrize("name", FILES_OF_EACH_KIND)
+def test_a_folder_in_the_place_of_a_file_is_a_clear_error(checkpoint, name):
+    if name.endswith(".bin"):
+        (checkpoint / f"{UNET}.safetensors").unlink()
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{name}: is a folder and must be a file"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("name", FILES_OF_EACH_KIND)
+def test_a_file_that_may_not_be_read_is_told_so_and_not_called_damaged(checkpoint, name):
+    path = checkpoint / name
+    if name.endswith(".bin"):
+        torch.save(load_file(checkpoint / f"{UNET}.safetensors"), path)
+        (checkpoint / f"{UNET}.safetensors").unlink()
+    path.chmod(0)
+    with without_the_powers_of_root(), pytest.raises(CheckpointError, match=f"{name}: cannot be read.*permit it"):
+        open_checkpoint(checkpoint).read("unet")
+
+
+@contextmanager
+def without_the_powers_of_root():
+    """Root may read any file but for these two capabilities, which this thread lays down meanwhile."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    assert libc.capget(header, held) == 0
+    laid_down = (ctypes.c_uint32 * 6)(*held)
+    laid_down[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, laid_down) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0
 
 
 def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
