@@ -42,6 +42,8 @@ def open_checkpoint(
     CheckpointError.
     """
     name = str(model)
+    if not name:
+        raise CheckpointNotFound(f"model {name!r}: is empty; give {DEMO}, a folder, or a hub id")
     if revision is not None and (model == DEMO or is_folder(model)):
         kind = "the demo checkpoint" if model == DEMO else "a folder"
         raise CheckpointError(f"{name}: {kind} has no revision {revision!r}; leave it out, or give a hub id")
@@ -66,7 +68,10 @@ def is_folder(model: str | Path) -> bool:
     The string "demo" never is, so that no folder that happens to lie there changes what it means. "./demo" can be, and
     any Path.
     """
-    return model != DEMO and Path(model).expanduser().is_dir()
+    try:
+        return model != DEMO and Path(model).expanduser().is_dir()
+    except (OSError, RuntimeError):  # too long a name, a folder that may not be seen, or no such user
+        return False
 
 
 def public_name(model: str | Path) -> str:

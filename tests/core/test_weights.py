@@ -425,10 +425,17 @@ def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "panda", "./panda", "a/b/c"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "panda", "./panda", "a/b/c", "~nosuchuser/x", "x" * 300])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_a_clear_error(name):
     with pytest.raises(CheckpointNotFound, match="no such folder, and not a hub id"):
         load(name)
+
+
+def test_an_empty_name_is_not_the_current_folder(tiny_checkpoint, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint)
+    with pytest.raises(CheckpointNotFound, match="model '': is empty; give demo"):
+        load("")
+    assert open_checkpoint(".").config == open_checkpoint(tiny_checkpoint).config
 
 
 def test_a_folder_has_no_revision(tiny_checkpoint):
