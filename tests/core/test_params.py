@@ -30,6 +30,7 @@ DEFAULTS = GenerationDefaults()
         ({"num_inference_steps": 1000}, "num_inference_steps", r"num_inference_steps 1000: must be from 1 to 999"),
         ({"guidance_scale": math.nan}, "guidance_scale", r"guidance_scale nan: must be a number from 0 to 100"),
         ({"guidance_scale": math.inf}, "guidance_scale", r"guidance_scale inf"),
+        ({"guidance_scale": 10**400}, "guidance_scale", r"guidance_scale 10+: must be a number from 0 to 100"),
         ({"guidance_scale": -1.0}, "guidance_scale", r"guidance_scale -1.0"),
         ({"guidance_scale": "9"}, "guidance_scale", r"guidance_scale '9'"),
         ({"sampler": "plms"}, "sampler", r"sampler 'plms': must be one of ddim, euler"),
