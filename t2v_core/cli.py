@@ -180,7 +180,9 @@ def _destination(output: Path | None, format: VideoFormat | None) -> Path:
     """Where the video will go, checked before any work is done for it."""
     if output is None:
         output = Path(f"video.{format or 'mp4'}")
-    elif format is not None and output.suffix.lower().removeprefix(".") not in get_args(VideoFormat):
+    if not output.name:
+        raise OutputError(f"{output}: is a folder; name a file in it, like video.mp4")
+    if format is not None and output.suffix.lower().removeprefix(".") not in get_args(VideoFormat):
         output = output.with_name(f"{output.name}.{format}")
     if format not in (None, video_format_of(output)):
         raise InvalidRequest(f"format {format} for {output}: they differ; leave one out", param="format")

@@ -1,5 +1,6 @@
 """What both clients share: each call as data, how its answer is read, and when it is made again."""
 
+import errno
 import random
 import secrets
 import time
@@ -214,6 +215,8 @@ class Retries:
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that has this name once it is written, and leaves nothing where that fails."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:

@@ -97,6 +97,8 @@ def test_video_to_video_and_every_format(tiny_checkpoint, tmp_path):
         (["-o", "panda.avi"], 2, ".avi"),
         (["-o", "panda.mp4", "--format", "gif"], 2, "they differ"),
         (["-o", "no/such/folder/panda.mp4"], 1, "create it first"),
+        (["-o", ".", "--format", "mp4", "--model", "org/unknown"], 1, ".: is a folder; name a file in it"),
+        (["-o", "/"], 1, "/: is a folder; name a file in it"),
         (["-o", "..", "--format", "mp4", "--model", "org/unknown", "--num-frames", "0"], 2, "num_frames 0"),
         (["--model", "org/unknown", "--input-video", "missing.mp4"], 2, "missing.mp4"),
         (["--model", "org/unknown", "--crf", "99"], 2, "crf 99"),

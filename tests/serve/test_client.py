@@ -520,6 +520,13 @@ async def test_who_is_told_to_come_back_much_later_is_told_so(service: Service, 
     assert await num_videos(service) == 0
 
 
+@pytest.mark.parametrize("path", [".", "/", ""])
+async def test_a_download_to_a_folder_is_a_clear_error(service: Service, connect: Connect, path: str) -> None:
+    video = await service.completed()
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        await connect(service.url).do("download", video["id"], path)
+
+
 @pytest.mark.usefixtures("quick")
 async def test_a_download_that_breaks_starts_again(service: Service, connect: Connect, tmp_path: Any) -> None:
     video = await service.completed()
