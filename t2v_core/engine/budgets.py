@@ -87,6 +87,6 @@ def free_memory_bytes(device: torch.device) -> int | None:
     unused = sum(
         segment["total_size"] - segment["allocated_size"]
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        if segment["device"] == index and segment["segment_pool_id"] == _NO_POOL
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) == _NO_POOL
     )
     return int(_MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2v_core.engine import Profile, RowBudgets, measure, warm_up
+from t2v_core.engine import Profile, RowBudgets, free_memory_bytes, measure, warm_up
 from t2v_core.engine.batching import Demand, Group
 from t2v_core.engine.memory import peak_bytes
 from t2v_core.engine.profile import Measurement
@@ -179,3 +179,17 @@ def test_the_memory_of_the_real_network_is_measured_on_a_cpu(tiny_pipeline):
     first, second = profile.measurements
     assert second.memory_bytes > 2 * first.memory_bytes
     assert profile.bytes_per_latent == second.memory_bytes / (2 * 16 * 64 * 64)
+
+
+def test_what_graphs_and_other_gpus_hold_is_not_free(monkeypatch):
+    """There is no GPU here: torch.cuda's own answers are replaced, and nothing of ours."""
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 10 << 30, "allocated_size": 4 << 30},
+        {"device": 0, "segment_pool_id": (0, 1), "total_size": 8 << 30, "allocated_size": 1 << 30},
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 8 << 30, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert free_memory_bytes(torch.device("cuda")) == int(0.9 * (10 << 30))
+    assert free_memory_bytes(torch.device("cpu")) is None
