@@ -14,7 +14,7 @@ from serve_app.errors import UnknownBody, UploadTooLarge
 from t2v_core.errors import InvalidRequest
 
 _MAX_PARTS = 256
-_WITHIN_S = 300.0
+_WITHIN_S = 120.0
 _MEMBER = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")  # metadata[k], as the openai client spells nested values
 
 

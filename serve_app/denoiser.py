@@ -110,6 +110,8 @@ class Denoiser:
         autoencoder = replay_decoder(load_autoencoder(weights, self._device, self._dtype))
         previewer = FewFrames(autoencoder, num_frames=1)  # all videos wait while it is decoded
         profile = self._profile(unet, weights)
+        if self._device.type == "cuda":
+            self._rehearse(Engine(unet, RowBudgets(profile), previewer=previewer), weights)
         self._size_limit = self._measured_limit(unet, weights, profile)
         budgets = RowBudgets(
             profile,
@@ -117,8 +119,6 @@ class Denoiser:
             unmeasured_rows=2 * config.max_ongoing,
         )
         self._engine = Engine(unet, budgets, previewer=previewer, cached_steps=config.cached_steps)
-        if self._device.type == "cuda":
-            self._rehearse(weights)
         self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters)
         self._thread = EngineThread(self._engine, self._hand_over)
         self._live: dict[str, _Live] = {}  # by engine id
@@ -219,7 +219,7 @@ class Denoiser:
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
 
-    def _rehearse(self, weights: Weights) -> None:
+    def _rehearse(self, engine: Engine, weights: Weights) -> None:
         """Two steps with noise and two without, and a preview: nor does any request wait for what these compile."""
         size = weights.config.text_encoder.context_length, weights.config.unet.cross_attention_dim
         text = torch.zeros(size, device=self._device, dtype=self._dtype)
@@ -229,10 +229,9 @@ class Denoiser:
             plan = stages.plan(self._schedule, params)
             trajectory = stages.start(params, plan, self._device, self._dtype)
             denoising = Denoising(trajectory, plan, Conditioning(text, text, params.guidance_scale))
-            self._engine.add(Request(sampler, denoising, preview_every=1))
-        while len(self._engine):
-            self._engine.step()
-        self._engine.counters.clear()
+            engine.add(Request(sampler, denoising, preview_every=1))
+        while len(engine):
+            engine.step()
 
     def _measured_limit(self, unet: NoisePredictor, weights: Weights, profile: Profile | None) -> SizeLimit | None:
         """By the profile or, where that tells nothing of memory, by one step of the model's own size."""

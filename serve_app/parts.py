@@ -53,7 +53,7 @@ class ApiParts:
     InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait. `origin` tells
     where what is asked for right now comes from. `measured_limit` is what the Denoisers can hold, once they have told.
     `uploading` bounds how many edits are taken in at a time, since each holds its input video in memory: others wait
-    before any of theirs is read. `reading` bounds how many of these are decoded at a time.
+    before any of theirs is read, and not for ever. `reading` bounds how many of these are decoded at a time.
     """
 
     jobs: JobStore

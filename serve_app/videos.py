@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Literal, TypeVar
 
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 _POLL_AFTER_MS = "500"  # the openai client keeps the first it gets, and sleeps so long between two looks
 _STOP_WITHIN_S = 10.0  # how long DELETE waits for a live job to stop; a step of the largest request is shorter
 _LOOK_EVERY_S = 0.05
+_TURN_WITHIN_S = 20.0
 
 _Result = TypeVar("_Result")
 IdempotencyKey = Annotated[
@@ -71,8 +73,22 @@ async def edit_video(
     request: Request, response: Response, parts: Parts, owner: Owner, idempotency_key: IdempotencyKey = None
 ) -> VideoObject:
     """Queue a video that is made of another one: a file that is sent along, or a completed video."""
-    async with parts.uploading:
+    async with _turn(parts.uploading):
         return await _edit(request, response, parts, owner, idempotency_key)
+
+
+@asynccontextmanager
+async def _turn(uploading: asyncio.Semaphore) -> AsyncIterator[None]:
+    """One of those who upload. Raises QueueFull where others take too long."""
+    try:
+        async with asyncio.timeout(_TURN_WITHIN_S):
+            await uploading.acquire()
+    except TimeoutError as error:
+        raise QueueFull("others upload their videos: try again in a few seconds", _TURN_WITHIN_S) from error
+    try:
+        yield
+    finally:
+        uploading.release()
 
 
 async def _edit(

@@ -27,7 +27,7 @@ from t2v_core.errors import InvalidRequest
 logger = logging.getLogger(__name__)
 
 _MAX_URL = 2048
-_MAX_IN_FLIGHT, _MAX_PER_OWNER = 64, 8
+_MAX_IN_FLIGHT, _MAX_PER_OWNER = 64, 16
 _GONE = 410
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -119,15 +119,24 @@ def _lacking(folder: Path, names: Sequence[str], sizes: Mapping[str, int | None]
 
 
 def _remember(folder: Path, revision: str) -> None:
-    """Note what the revision means, so that a start without the hub finds the last whole snapshot of it."""
+    """Note what the revision means, so that a start without the hub finds the last whole snapshot of it.
+
+    Each part of a service fetches what it needs: until a snapshot has all that the one before has, that one serves.
+    """
     if revision == folder.name:
         return
     ref = folder.parent.parent / "refs" / revision
+    if ref.is_file() and not _files(folder.parent / ref.read_text()) <= _files(folder):
+        return
     fresh = ref.with_name(f"{ref.name}.{uuid.uuid4().hex}")
     with suppress(OSError):  # a cache that cannot be written serves all the same
         ref.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(folder.name)
         fresh.replace(ref)
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def _attempt(call: Callable[[], T], repo_id: str, revision: str) -> T:

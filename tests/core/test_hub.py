@@ -327,6 +327,17 @@ def test_offline_a_broken_update_leaves_the_last_whole_snapshot(
     assert client.download(HF_HUB_OFFLINE="1").contents() == contents(first, *NEEDED)
 
 
+def test_offline_an_update_of_which_a_part_was_fetched_leaves_the_last_whole_snapshot(
+    hub: HubServer, client: Client, first: Revision, second: Revision
+) -> None:
+    client.download()
+    hub.revisions["main"] = second
+    assert client.download(patterns=(CONFIG,)).contents() == contents(second, CONFIG)
+    assert client.download(HF_HUB_OFFLINE="1").contents() == contents(first, *NEEDED)
+    client.download(patterns=(WEIGHTS,))
+    assert client.download(HF_HUB_OFFLINE="1").contents() == contents(second, *NEEDED)
+
+
 def test_a_cached_file_that_was_cut_short_is_noticed_and_the_remedy_works(
     hub: HubServer, client: Client, first: Revision
 ) -> None:
