@@ -40,25 +40,28 @@ def _fits(where: str, app: AppConfig, groups: list[Group]) -> Iterator[Problem]:
 
     So do, on all nodes that may be, those and the ones of another configuration that are started before these stop.
     """
-    left = _left_out(_replicas(app, most=False, rolling=True), groups, most=True)
-    if left:
-        names = ", ".join(sorted({replica.name for replica in left}))
-        yield Problem(
-            "rollout",
-            where,
-            f"{len(left)} replicas ({names}) of a new configuration find no room beside the old ones, and Serve waits"
-            " for ever: raise maxReplicas, or lower num_cpus or max_surge_percent",
-        )
-    for most, size in ((True, "maxReplicas"), (False, "minReplicas")):
-        left = _left_out(_replicas(app, most), groups, most)
+
+    def problem(rule: str, replicas: list[_Replica], most: bool, why: str) -> Iterator[Problem]:
+        left = _left_out(replicas, groups, most)
         if left:
             names = ", ".join(sorted({replica.name for replica in left}))
-            yield Problem(
-                "fit",
-                where,
-                f"{len(left)} replicas ({names}) find no room on the groups' {size} nodes, GPUs or cores, or no labels"
-                f" that they select: raise {size}, lower {'max' if most else 'min'}_replicas, or label a group",
-            )
+            yield Problem(rule, where, f"{len(left)} replicas ({names}) {why}")
+
+    yield from problem(
+        "rollout",
+        _replicas(app, most=False, rolling=True),
+        True,
+        "of a new configuration find no room beside the old ones, and Serve waits for ever: raise maxReplicas, or lower"
+        " num_cpus or max_surge_percent",
+    )
+    for most, size in ((True, "maxReplicas"), (False, "minReplicas")):
+        yield from problem(
+            "fit",
+            _replicas(app, most),
+            most,
+            f"find no room on the groups' {size} nodes, GPUs or cores, or no labels that they select: raise {size},"
+            f" lower {'max' if most else 'min'}_replicas, or label a group",
+        )
 
 
 def _stays_away(where: str, app: AppConfig, groups: list[Group]) -> Iterator[Problem]:

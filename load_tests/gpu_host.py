@@ -86,11 +86,9 @@ def _network(programs: Programs, arguments: argparse.Namespace) -> None:
 
 
 def _engine(programs: Programs, arguments: argparse.Namespace) -> None:
-    bench, how = (
-        _LOAD_TESTS / "bench_engine.py",
-        ("--loads", 0.8, 2, 0.95, 0.5, "--num-jobs", _ENGINE_JOBS, "--overhead"),
-    )
-    programs.run("engine", bench, programs.out / "engine.json", *how, "--stop-after-s", programs.left_s() - _OVERHEAD_S)
+    command = _LOAD_TESTS / "bench_engine.py", programs.out / "engine.json"
+    runs = "--loads", 0.8, 2, 0.95, 0.5, "--num-jobs", _ENGINE_JOBS, "--overhead"
+    programs.run("engine", *command, *runs, "--stop-after-s", programs.left_s() - _OVERHEAD_S)
 
 
 def _service(programs: Programs, arguments: argparse.Namespace) -> None:

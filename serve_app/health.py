@@ -1,7 +1,6 @@
 """Whether a replica's work succeeds and comes to an end: Serve replaces one whose GPU is lost, or that hangs."""
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,8 +8,6 @@ from typing import TypeVar, TypeVarTuple
 
 from serve_app.errors import Unavailable
 from t2v_core.errors import T2VError
-
-logger = logging.getLogger(__name__)
 
 _BROKEN_AFTER = 3
 _BROKEN_PAUSE_S = 30.0

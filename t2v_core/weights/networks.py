@@ -78,18 +78,28 @@ def prepare(network: NetworkT, *, fp8: bool = False) -> NetworkT:
     """
     network.requires_grad_(False).eval()
     if next(network.parameters()).is_cuda or fp8:
-        for module in network.modules():
-            if isinstance(module, Fusible):
-                module.fuse()
-            if isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.to(memory_format=torch.channels_last)
-            if isinstance(module, nn.Conv3d):
-                module.weight.data = module.weight.to(memory_format=torch.channels_last_3d)
+        fuse(network)
     if fp8:
-        for module in network.modules():
-            if isinstance(module, Quantisable):
-                module.quantise()
+        quantise(network)
     return network
+
+
+def fuse(network: nn.Module) -> None:
+    """Make layers one that can be, and lay kernels of convolutions out with their channels last: in place."""
+    for module in network.modules():
+        if isinstance(module, Fusible):
+            module.fuse()
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.to(memory_format=torch.channels_last)
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.to(memory_format=torch.channels_last_3d)
+
+
+def quantise(network: nn.Module) -> None:
+    """Round weights after a norm to fp8: in place, after `fuse`."""
+    for module in network.modules():
+        if isinstance(module, Quantisable):
+            module.quantise()
 
 
 def _check(where: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

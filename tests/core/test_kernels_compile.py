@@ -17,7 +17,7 @@ from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import ModelConfig
 from t2v_core.kernels import fp8, ops
 from t2v_core.unet3d import UNet3D
-from t2v_core.weights.networks import Fusible, Quantisable
+from t2v_core.weights.networks import fuse, quantise
 
 triton = pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
 compiler = pytest.importorskip("triton.backends.compiler")
@@ -59,16 +59,9 @@ def prepared(network: type[nn.Module], config: object, *, in_fp8: bool = False) 
     """As `weights.networks.prepare` does it on a GPU."""
     with torch.device("meta"):
         built = network(config).half().eval().requires_grad_(False)
-    for module in built.modules():
-        if isinstance(module, Fusible):
-            module.fuse()
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.to(memory_format=torch.channels_last)
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.to(memory_format=torch.channels_last_3d)
-    for module in built.modules():
-        if in_fp8 and isinstance(module, Quantisable):
-            module.quantise()
+    fuse(built)
+    if in_fp8:
+        quantise(built)
     return built
 
 
