@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 from opentelemetry import trace
 
-_OURS = ("serve_app", "t2v_core")
+OURS = ("serve_app", "t2v_core")
 _SERVE = "ray.serve"
 
 _FIELDS: ContextVar[dict[str, str | int] | None] = ContextVar("fields", default=None)
@@ -36,7 +36,7 @@ def log_through_serve() -> None:
 
     Serve sets up its own logger alone: ours would reach nobody below WARNING, and nobody in JSON.
     """
-    for name in _OURS:
+    for name in OURS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG)  # Serve's level decides
         logger.propagate = False

@@ -1,6 +1,7 @@
 """Fixtures of the service's tests."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from api_service import Files, Service, running
 from databases import database_url, postgresql  # noqa: F401  # fixtures
 
 from serve_app.api import Limits
+from serve_app.job_logs import OURS
 from t2v_core.media import encode_video
 from t2v_core.pictures import encode_spritesheet, encode_thumbnail
 
@@ -17,6 +19,17 @@ from t2v_core.pictures import encode_spritesheet, encode_thumbnail
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def own_loggers() -> Iterator[None]:
+    """A replica that is built in a test gives our lines to Serve's logger: not those of the next test too."""
+    yield
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -225,7 +225,7 @@ def test_without_a_gpu_its_memory_is_not_told():
 
 @pytest.fixture
 def serve_log(monkeypatch):
-    """What Serve's logger is given, with our loggers and its own as they were afterwards."""
+    """What Serve's logger is given, with its handlers and level as they were afterwards."""
     records: list[logging.LogRecord] = []
 
     class Kept(logging.Handler):
@@ -235,14 +235,8 @@ def serve_log(monkeypatch):
     serve = logging.getLogger("ray.serve")
     monkeypatch.setattr(serve, "handlers", [Kept()])
     level = serve.level
-    for name in ("serve_app", "t2v_core"):
-        logger = logging.getLogger(name)
-        for attribute in ("handlers", "propagate"):
-            monkeypatch.setattr(logger, attribute, getattr(logger, attribute))
     yield records
     serve.setLevel(level)
-    for name in ("serve_app", "t2v_core"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 async def test_the_lines_of_a_job_carry_it_and_those_of_others_do_not(serve_log):
