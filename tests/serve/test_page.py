@@ -43,6 +43,7 @@ class Page:
 
     def __init__(self, driver: Chrome, url: str) -> None:
         self.driver = driver
+        driver.get_log("browser")  # of the pages before: what is read later is this one's alone
         driver.get(url)
 
     def part(self, name: str) -> WebElement:
