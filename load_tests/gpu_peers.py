@@ -2,16 +2,18 @@
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import ModelConfig
-from t2v_core.graphs import GraphedUNet, Graphs
+from t2v_core.graphs import GraphedUNet, Graphs, replay_decoder
 from t2v_core.shapes import SPATIAL_SCALE, VideoShape
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights.diffusers_config import AUTOENCODER_CONFIG, UNET_CONFIG, config_files
@@ -70,7 +72,7 @@ class Work(Protocol):
 class UNetStep:
     """eps of every row, prompts then negative prompts. Each system is given all that does not change between steps."""
 
-    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8", "t2v+streams")
+    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8", "t2v+streams", "t2v+apart")
 
     def __init__(self, config: ModelConfig, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self._config, self._weights = config, _random_weights(UNet3D, config.unet, device, dtype)
@@ -94,6 +96,9 @@ class UNetStep:
         if system.startswith("t2v"):
             text = network.read_text(self._text_embeds)
             unet = network if system == "t2v" else GraphedUNet(network)
+            if system == "t2v+apart":
+                with _apart():
+                    unet(self.latents, timesteps, text, rows)  # which captures
             return lambda latents: unet(latents, timesteps, text, rows)
         if system == "diffusers+compile":
             network = torch.compile(network, dynamic=False)
@@ -144,7 +149,7 @@ class UNetStep:
 class Decode:
     """The frames of one video, as decoded: float, (f, 3, h, w)."""
 
-    systems = ("diffusers", "diffusers+compile", "t2v")
+    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs")
 
     def __init__(self, config: ModelConfig, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self._config, self._weights = config, _random_weights(Autoencoder, config.autoencoder, device, dtype)
@@ -152,13 +157,15 @@ class Decode:
         self.latents = torch.randn(case.shape.latents(), generator=generator, device=device, dtype=dtype)
 
     def build(self, system: str) -> Any:
-        if system == "t2v":
+        if system.startswith("t2v"):
             return _our_network(Autoencoder, self._config.autoencoder, self._weights)
         network = self._diffusers(self._weights)
         return network.to(memory_format=torch.channels_last) if system == "diffusers+compile" else network
 
     def bind(self, system: str, network: Any) -> Call:
-        if system == "t2v":
+        if system.startswith("t2v"):
+            if system == "t2v+graphs":
+                replay_decoder(network)
             return lambda latents: torch.cat(list(network.decode_chunks(latents)))
 
         def decode(frames: Tensor) -> Tensor:  # one function, since compiling the module leaves its `decode` as it is
@@ -203,6 +210,15 @@ def diffusers_version() -> str | None:
         return str(importlib.import_module("diffusers").__version__)
     except ImportError:
         return None
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Kernels are launched to begin when the one before has ended, not when its last programs run."""
+    from t2v_core.kernels import triton_launch  # where there is Triton
+
+    with mock.patch.object(triton_launch, "options", return_value={"enable_fp_fusion": True}):
+        yield
 
 
 def _random_weights(network: type[nn.Module], config: object, device: torch.device, dtype: torch.dtype) -> Weights:
