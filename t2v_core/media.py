@@ -51,7 +51,7 @@ _CODECS: Mapping[VideoFormat, _Codec] = {
         pix_fmt="yuv420p",
         crf_range=range(1, 52),  # 0 is lossless H.264, which is outside the High profile: browsers refuse it
         default_crf=10,
-        options={"preset": "faster", "x264-params": "cpu-independent=1"},  # at this crf, files are no larger
+        options={"preset": "veryfast", "x264-params": "cpu-independent=1"},  # a quarter less time than faster, as small
         muxer_options={"movflags": "+faststart"},
     ),
     "webm": _Codec(

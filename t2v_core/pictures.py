@@ -68,7 +68,7 @@ def _encode_image(image: Tensor, format: ImageFormat) -> bytes:
     picture = next(av_frames(image[None], fps=1))
     if format == "webp":
         context = av.VideoCodecContext.create("libwebp", "w")
-        context.options = {"quality": "90", "compression_level": "2"}  # half the time of 4, and as small
+        context.options = {"quality": "90", "compression_level": "0"}  # a third of the time of 4, and as small
         context.pix_fmt = "bgra"
     elif format == "png":
         context = av.VideoCodecContext.create("png", "w")

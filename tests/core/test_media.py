@@ -753,7 +753,7 @@ def test_a_packet_lost_on_the_way_is_an_error() -> None:
 def test_damage_matters_only_where_frames_are_needed() -> None:
     data = bytearray(encode_video(smooth_motion(24, 128, 128), fps=24))
     middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
-    data[middle : middle + 400] = bytes(400)
+    data[middle : middle + 1000] = bytes(1000)  # several frames
     assert len(read(bytes(data), num_frames=6)) == 6
     for num_frames in (24, None):
         with pytest.raises(UnreadableVideo, match=r"damaged or cut off after 0\.\d+ s"):
