@@ -7,7 +7,8 @@ r"""All that is measured on a machine with GPUs, one part after the other: what 
 Parts:
 
     tests      tests/gpu, in several processes
-    network    bench_gpu.py: ours beside diffusers (pip install diffusers), and where our time goes
+    kernels    bench_kernels.py: where the time of our networks goes, beside what the card could do
+    network    bench_gpu.py: ours beside diffusers (pip install diffusers)
     engine     bench_engine.py: the engine beside other ways to batch, at 80, 95 and 50 % of capacity, and saturated
     service    bench_service.py: what HTTP costs, single videos and memory; each of --modes on a service of its own
     scaling    videos a second through HTTP, of a denoiser and a decoder on each GPU, and on one
@@ -71,6 +72,10 @@ def _tests(programs: Programs, arguments: argparse.Namespace) -> None:
     programs.run("tests", "-m", "pytest", "tests/gpu", "-q", "-n", processes)
 
 
+def _kernels(programs: Programs, arguments: argparse.Namespace) -> None:
+    programs.run("kernels", _LOAD_TESTS / "bench_kernels.py")
+
+
 def _network(programs: Programs, arguments: argparse.Namespace) -> None:
     bench, cases = _LOAD_TESTS / "bench_gpu.py", arguments.cases
     # torch.compile takes minutes a case, most of them on one core: all at once, for its cache on disk.
@@ -82,7 +87,7 @@ def _network(programs: Programs, arguments: argparse.Namespace) -> None:
         ]:
             programs.wait(process)
     stop = "--stop-after-s", programs.left_s()
-    programs.run("network", bench, programs.out / "network.json", "--cases", *cases, "--profile", *stop)
+    programs.run("network", bench, programs.out / "network.json", "--cases", *cases, *stop)
 
 
 def _engine(programs: Programs, arguments: argparse.Namespace) -> None:
@@ -138,6 +143,7 @@ def _config_file(checkpoint: Path, mode: str, num_gpus: int) -> Iterator[tuple[P
 
 _PARTS: Mapping[str, Callable[[Programs, argparse.Namespace], None]] = {
     "tests": _tests,
+    "kernels": _kernels,
     "network": _network,
     "engine": _engine,
     "service": _service,

@@ -1,0 +1,102 @@
+r"""GEGLU's product in other tiles, and by programs that stay: what to set in `t2v_core/kernels/triton_geglu.py`.
+
+    python load_tests/tune_geglu.py
+
+For each width of the released UNet, with 2 and 16 rows of 16 frames of 256x256: microseconds and TFLOP/s of each
+choice, the quickest first, and the largest difference of their results from those of today's.
+"""
+
+import itertools
+import sys
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from bench_kernels import Timer
+from torch import Tensor, nn
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from t2v_core.kernels import triton_geglu
+from t2v_core.kernels import triton_launch as launch
+
+_GPU = torch.device("cuda")
+_BLOCK_K = 64
+_TILES = ((128, 64, 4), (128, 128, 8), (256, 64, 8))  # rows, columns of each half, warps
+_STAGES, _GROUPS = (3, 4), (8, 16)
+_WIDTHS = ((320, 1024), (640, 256), (1280, 64))  # channels, pixels of a frame
+_FRAMES = 16
+
+
+def main() -> None:
+    timer = Timer(_GPU)
+    processors = torch.cuda.get_device_properties(_GPU).multi_processor_count
+    for (width, pixels), num_rows in itertools.product(_WIDTHS, (2, 16)):
+        torch.manual_seed(0)
+        x = torch.randn(num_rows * _FRAMES * pixels, width, device=_GPU, dtype=torch.float16)
+        proj = nn.Linear(width, 8 * width, device=_GPU, dtype=torch.float16).requires_grad_(False)
+        flop = 2 * x.numel() * len(proj.weight)
+        reference = triton_geglu.geglu(x, proj)
+        found = [(timer.us(partial(triton_geglu.geglu, x, proj)), "today's", 0.0)]
+        for tile, stages, group, programs in itertools.product(
+            _TILES, _STAGES, _GROUPS, (None, processors, 2 * processors)
+        ):
+            call = partial(_geglu, x, proj, tile, stages, group, programs)
+            name = f"{tile}, {stages} stages, groups of {group}, {programs or 'a program a tile'}"
+            try:
+                difference = (call() - reference).abs().max().item()
+                found.append((timer.us(call), name, difference))
+            except triton.runtime.errors.OutOfResources:
+                continue
+        sys.stdout.write(f"\n{width} channels, {num_rows} rows\n")
+        for us, name, difference in sorted(found)[:8] + found[:1]:
+            sys.stdout.write(f"{us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {difference:.1e}\n")
+        sys.stdout.flush()
+
+
+def _geglu(
+    x: Tensor, proj: nn.Linear, tile: tuple[int, int, int], stages: int, group: int, programs: int | None
+) -> Tensor:
+    """By a program for each tile where `programs` is None."""
+    block_m, block_n, num_warps = tile
+    width, inner = x.shape[-1], proj.out_features // 2
+    out = x.new_empty(len(x), inner)
+    tiles = triton.cdiv(len(x), block_m) * triton.cdiv(inner, block_n)
+    kernel = triton_geglu._geglu if programs is None else _geglu_that_stays
+    kernel[(min(programs or tiles, tiles),)](
+        TensorDescriptor.from_tensor(x, [block_m, _BLOCK_K]),
+        TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, block_n, _BLOCK_K]),
+        TensorDescriptor.from_tensor(out, [block_m, block_n]),
+        proj.bias, len(x), inner, width,
+        SCALE=1.0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_BLOCK_K, GROUP_M=group,
+        num_warps=num_warps, num_stages=stages, **launch.options(x.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _geglu_that_stays(
+    x, weight, out, bias, rows, inner, width,
+    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """As `triton_geglu._geglu`, but a program takes one tile after the other, and loads the next one's in between."""
+    launch.follow()
+    num_m, num_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(inner, BLOCK_N)
+    for program in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
+        first_m = program // (GROUP_M * num_n) * GROUP_M
+        size_m = tl.minimum(num_m - first_m, GROUP_M)
+        m = (first_m + program % (GROUP_M * num_n) % size_m) * BLOCK_M
+        n = program % (GROUP_M * num_n) // size_m * BLOCK_N
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            both = tl.dot(x.load([m, k]), weight.load([0, n, k]).reshape(2 * BLOCK_N, BLOCK_K).T, both)
+        value, gate = (both * SCALE).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+        column = n + tl.arange(0, BLOCK_N)
+        is_column = column < inner
+        value += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias + inner + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        out.store([m, n], (value * triton_geglu._gelu(gate)).to(out.dtype))
+
+
+if __name__ == "__main__":
+    main()
