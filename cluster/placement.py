@@ -92,11 +92,9 @@ def _replicas(app: AppConfig, most: bool, *, rolling: bool = False) -> list[_Rep
         return count + math.ceil(count * placement.max_surge_percent / 100) if rolling else count
 
     found: list[_Replica] = []
-    for name, stage in (("TextEncoder", app.text_encoder), ("Denoiser", app.denoiser), ("Decoder", app.decoder)):
-        count = stage.max_replicas if most else stage.min_replicas
-        found += with_new(count, stage) * [_Replica(name, stage, stage.num_gpus)]
-    for name, part in (("Generator", app.generator), ("Ingress", app.ingress)):
-        found += with_new(part.num_replicas, part) * [_Replica(name, part)]
+    for name, part in app.parts.items():
+        count = part.replicas[1 if most else 0]
+        found += with_new(count, part) * [_Replica(name, part, part.taken.get("GPU", 0.0))]
     return sorted(found, key=lambda replica: (replica.gpus, replica.placement.num_cpus), reverse=True)
 
 

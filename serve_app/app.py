@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 
-from serve_app.config import AppConfig, GeneratorConfig, IngressConfig, Placement, Scaling, StorageConfig
+from serve_app.config import AppConfig, Fixed, Placement, Scaling, StorageConfig
 from serve_app.decoder import Decoder
 from serve_app.denoiser import Denoiser
 from serve_app.generator import Generator
@@ -49,7 +49,7 @@ def _deployed(cls: type, options: dict[str, Any], config: AppConfig) -> Deployme
     )(cls)
 
 
-def _fixed(config: GeneratorConfig | IngressConfig, max_ongoing: int) -> dict[str, Any]:
+def _fixed(config: Fixed, max_ongoing: int) -> dict[str, Any]:
     return _placed(config) | {"num_replicas": config.num_replicas, "max_ongoing_requests": max_ongoing}
 
 

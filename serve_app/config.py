@@ -41,6 +41,22 @@ class Placement(_Section):
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
     max_surge_percent: int = Field(default=100, ge=0, le=100)
 
+    @property
+    def taken(self) -> dict[str, float]:
+        """What each replica takes of a node, by Ray's names."""
+        return {"CPU": self.num_cpus, **self.resources}
+
+
+class Fixed(Placement):
+    """As many replicas as it says."""
+
+    num_replicas: int = Field(default=1, ge=1)
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """The fewest, and the most."""
+        return self.num_replicas, self.num_replicas
+
 
 class Scaling(Placement):
     """How many replicas a stage has, and the share of a machine each takes. `min_replicas` 0 scales to zero.
@@ -65,6 +81,16 @@ class Scaling(Placement):
                 f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}: lower the first"
             )
         return self
+
+    @property
+    def taken(self) -> dict[str, float]:
+        """See `Placement`."""
+        return {**super().taken, "GPU": self.num_gpus}
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """The fewest, and the most."""
+        return self.min_replicas, self.max_replicas
 
 
 class TextEncoderConfig(Scaling):
@@ -116,14 +142,13 @@ class DecoderConfig(Scaling):
     encoding_threads: int = Field(default=2, ge=1)
 
 
-class GeneratorConfig(Placement):
+class GeneratorConfig(Fixed):
     """Generators: a fixed number of them that claim jobs and see each through the stages.
 
     Together they hold as many jobs as all denoisers can work on, those included that are decoded and stored: Serve's
     autoscaling sees what waits at the denoisers, and never the queue in the database.
     """
 
-    num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
     lease_s: Seconds = 10.0
     heartbeat_s: Seconds = 0.5
@@ -135,10 +160,9 @@ class GeneratorConfig(Placement):
     sweep_every_s: Seconds = 60.0
 
 
-class IngressConfig(Placement):
+class IngressConfig(Fixed):
     """The HTTP API."""
 
-    num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
     max_ongoing: int = Field(default=1_000, ge=1)  # a watched video holds one
     max_queued: int | None = Field(default=1_000, ge=1)
@@ -214,6 +238,12 @@ class AppConfig(_Section):
     ingress: IngressConfig = IngressConfig()
     health_check_s: Seconds = 2.0
     longest_generation_s: Seconds = 600.0
+
+    @property
+    def parts(self) -> dict[str, Scaling | Fixed]:
+        """The sections that are deployments, by their names."""
+        parts = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: part for name, part in parts.items() if isinstance(part, Scaling | Fixed)}
 
     @property
     def jobs_per_generator(self) -> int:

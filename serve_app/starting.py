@@ -8,12 +8,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import DeploymentStatusOverview
 
-from serve_app.config import AppConfig, GeneratorConfig, IngressConfig, Scaling
+from serve_app.config import AppConfig
 from serve_app.errors import Unavailable
 from t2v_core.errors import InvalidRequest
 
-_Part = Scaling | GeneratorConfig | IngressConfig
-_PARTS = ("text_encoder", "denoiser", "decoder", "generator", "ingress")
 _LOOK_EVERY_S = 1.0
 _SLACK = 1e-6  # shares of a core or a GPU are added up
 
@@ -26,10 +24,10 @@ def check_fits(config: AppConfig, machine: Mapping[str, float]) -> None:
     `machine`: what it has in all, by Ray's names, "CPU" and "GPU" among them.
     """
     wanted: dict[str, dict[str, float]] = {}  # by resource and part
-    for name in _PARTS:
-        part: _Part = getattr(config, name)
-        for resource, amount in _taken_by_each(part).items():
-            wanted.setdefault(resource, {})[name] = _fewest(part) * amount
+    for name, part in config.parts.items():
+        fewest, _ = part.replicas
+        for resource, amount in part.taken.items():
+            wanted.setdefault(resource, {})[name] = max(1, fewest) * amount
     for resource, parts in wanted.items():
         has, wants = machine.get(resource, 0.0), sum(parts.values())
         if wants > has + _SLACK:
@@ -88,12 +86,3 @@ def _reason(deployment: DeploymentStatusOverview) -> str:
     if not lines:
         return ""
     return lines[-1] if "Traceback" in deployment.message else lines[0]
-
-
-def _taken_by_each(part: _Part) -> dict[str, float]:
-    num_gpus = part.num_gpus if isinstance(part, Scaling) else 0.0
-    return {"CPU": part.num_cpus, "GPU": num_gpus, **part.resources}
-
-
-def _fewest(part: _Part) -> int:
-    return max(1, part.min_replicas) if isinstance(part, Scaling) else part.num_replicas
