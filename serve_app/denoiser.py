@@ -24,6 +24,7 @@ from serve_app.devices import place
 from serve_app.draining import leaves_in_s
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import Superseded, Unavailable
+from serve_app.health import admit
 from serve_app.job_logs import fields, log_through_serve, name_job
 from serve_app.memory import free_bytes, gpu_memory, tell_memory
 from serve_app.metrics import Metrics
@@ -68,7 +69,6 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
-_BROKEN_PAUSE_S = 30.0
 _ROWS_A_VIDEO = 2  # with guidance
 
 
@@ -133,9 +133,7 @@ class Denoiser:
         UnreadableTrajectory, and Unavailable where this replica cannot work.
         """
         began = time.monotonic()
-        if self._thread.failure:
-            await asyncio.sleep(_BROKEN_PAUSE_S)  # a quick no would only draw more calls, until Serve has replaced it
-            self.check_health()
+        await admit("denoiser", lambda: self._thread.failure is not None)
         self._supersede(call)
         live = _Live(call, asyncio.get_running_loop())
         if not self._live:

@@ -16,6 +16,17 @@ _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 
 
+async def admit(part: str, is_broken: Callable[[], bool]) -> None:
+    """Let a call in. Of a part that is broken, it takes long: a quick no would only draw more calls.
+
+    Raises Unavailable.
+    """
+    if is_broken():
+        await asyncio.sleep(_BROKEN_PAUSE_S)
+        if is_broken():
+            raise Unavailable(f"the {part} broke down, and is replaced: try again in a few seconds")
+
+
 class Health:
     """Of a part, as "decoder". Work may take `stuck_after_s`; None is for ever. For any number of threads.
 
@@ -49,14 +60,8 @@ class Health:
         return self._num_failures >= _BROKEN_AFTER
 
     async def admit(self) -> None:
-        """Let a call in. Of one that is broken, it takes long: a quick no would only draw more calls.
-
-        Raises Unavailable.
-        """
-        if self.is_broken:
-            await asyncio.sleep(_BROKEN_PAUSE_S)
-            if self.is_broken:
-                raise Unavailable(f"the {self._part} broke down, and is replaced: try again in a few seconds")
+        """See the function of this name."""
+        await admit(self._part, lambda: self.is_broken)
 
     def check(self) -> None:
         """Raises Unavailable where Serve shall replace this replica."""
