@@ -99,12 +99,20 @@ def _engine(programs: Programs, arguments: argparse.Namespace) -> None:
 def _service(programs: Programs, arguments: argparse.Namespace) -> None:
     for mode in arguments.modes:
         only_http = [] if mode == "exact" else ["--http-only"]
-        _bench_service(programs, "service", arguments.checkpoint, mode, 1, *only_http)
+        _try_service(programs, "service", arguments.checkpoint, mode, 1, *only_http)
 
 
 def _scaling(programs: Programs, arguments: argparse.Namespace) -> None:
     for num_gpus in (torch.cuda.device_count(), 1):
-        _bench_service(programs, "scaling", arguments.checkpoint, "exact", num_gpus, "--http-only", "--num-singles", 0)
+        _try_service(programs, "scaling", arguments.checkpoint, "exact", num_gpus, "--http-only", "--num-singles", 0)
+
+
+def _try_service(programs: Programs, part: str, *what: Any) -> None:
+    """One that does not start leaves the others their turn."""
+    try:
+        _bench_service(programs, part, *what)
+    except RuntimeError as error:
+        programs.note(part, str(error))
 
 
 def _bench_service(programs: Programs, part: str, checkpoint: Path, mode: str, num_gpus: int, *how: object) -> None:
