@@ -274,6 +274,44 @@ def test_a_samplers_update(has_noise):
         assert_close(ours, expected, torch.float32)
 
 
+@needs_hopper
+def test_kernels_that_begin_before_the_last_one_ends_wait_for_what_it_writes(monkeypatch):
+    from t2v_core.kernels import triton_geglu, triton_group_norm, triton_launch, triton_rows, triton_temporal_attention
+
+    channels, num_rounds = 64, 2 if IS_INTERPRETED else 200
+    group_norm, layer_norm = (
+        randomised(norm, torch.float16) for norm in (nn.GroupNorm(4, channels), nn.LayerNorm(channels))
+    )
+    proj = randomised(nn.Linear(channels, 6 * channels), torch.float16)
+    start, offset = draw(1, 3, 8, 8, channels, dtype=torch.float16), draw(channels, dtype=torch.float16)
+
+    def chain() -> Tensor:
+        x, sums = start, []
+        for _ in range(num_rounds):
+            y = triton_group_norm.group_norm(x, group_norm, over_frames=True, silu=True)
+            x, y = triton_rows.add_layer_norm(x, y, offset, layer_norm)
+            y = triton_temporal_attention.temporal_attention(triton_geglu.geglu(y, proj), heads=1)
+            x, _ = triton_group_norm.add_group_norm(y, x, None, group_norm, over_frames=False, silu=False)
+            sums.append(x)
+        return torch.stack(sums)
+
+    def replayed() -> Tensor:
+        """Without the time that a launch takes in between."""
+        sums = chain()
+        if IS_INTERPRETED:
+            return sums
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            sums = chain()
+        graph.replay()
+        return sums.clone()
+
+    at_once = replayed()
+    monkeypatch.setattr(triton_launch, "options", lambda device: {"enable_fp_fusion": True})
+    assert torch.equal(at_once, replayed())
+    assert at_once.isfinite().all()
+
+
 @pytest.mark.parametrize(("sizes", "length"), [((16, 32, 32), 128), ((5, 40, 72), 128), ((7, 3, 3), 128)])
 def test_boxes_of_pixels_waste_little(sizes, length):
     from t2v_core.kernels import triton_conv as fast
