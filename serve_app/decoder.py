@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from serve_app.calls import Rendered, RenderedFile
@@ -19,10 +20,12 @@ from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from t2v_core import stages
 from t2v_core.autoencoder import Autoencoder
+from t2v_core.config import GenerationDefaults
 from t2v_core.graphs import replay_decoder
 from t2v_core.media import VideoFormat
 from t2v_core.params import GenerationParams
 from t2v_core.pictures import encode_spritesheet, encode_thumbnail
+from t2v_core.shapes import VideoShape
 from t2v_core.video import Video
 from t2v_core.weights import load_autoencoder, public_name
 
@@ -38,10 +41,12 @@ class Decoder:
     def __init__(self, model: str, revision: str | None, config: DecoderConfig) -> None:
         log_through_serve()
         self._metrics = Metrics()
-        checkpoint, self._device, dtype = place(model, revision, config, ["autoencoder"])
+        weights, self._device, dtype = place(model, revision, config, ["autoencoder"])
         self._model = public_name(model)
-        self._network = replay_decoder(load_autoencoder(checkpoint, self._device, dtype))
+        self._network = replay_decoder(load_autoencoder(weights, self._device, dtype))
         on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            self._rehearse(weights.config.defaults)
         self._health = Health("decoder", config.stuck_after_s if on_gpu else None)  # a CPU may take that long
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device
         self._encoding = ThreadPoolExecutor(config.encoding_threads, thread_name_prefix="encode")
@@ -83,6 +88,13 @@ class Decoder:
         """Serve replaces a replica whose GPU is lost, or hangs. It asks often enough for gauges, which Ray forgets."""
         tell_memory(self._metrics, gpu_memory(self._device))
         self._health.check()
+
+    def _rehearse(self, defaults: GenerationDefaults) -> None:
+        """A video of the model's own size there and back: no request waits for what that compiles and captures."""
+        shape = VideoShape(defaults.num_frames, defaults.height, defaults.width).latents()
+        frames = stages.decode_frames(self._network, torch.zeros(shape))
+        stages.encode_frames(self._network, frames)
+        torch.cuda.empty_cache()  # for the others on this GPU
 
     async def _on_device(self, work: Callable[[Autoencoder, Tensor], _Result], given: Tensor) -> _Result:
         """In the one thread that has the device, when it is its turn."""

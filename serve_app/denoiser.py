@@ -230,6 +230,7 @@ class Denoiser:
             engine.add(Request(sampler, denoising, preview_every=1))
         while len(engine):
             engine.step()
+        torch.cuda.empty_cache()  # for the others on this GPU
 
     def _measured_limit(self, unet: NoisePredictor, weights: Weights, profile: Profile | None) -> SizeLimit | None:
         """By the profile or, where that tells nothing of memory, by one step of the model's own size."""

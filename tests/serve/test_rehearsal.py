@@ -1,10 +1,12 @@
-"""What a Denoiser on a GPU does before its first request, done on a CPU."""
+"""What a Denoiser and a Decoder on a GPU do before their first request, done on a CPU."""
 
 from types import SimpleNamespace
 
 import torch
 
+from serve_app.decoder import Decoder
 from serve_app.denoiser import Denoiser
+from t2v_core.config import GenerationDefaults
 from t2v_core.engine import Engine, FewFrames, RowBudgets
 from t2v_core.schedule import Schedule
 from t2v_core.weights import open_checkpoint
@@ -27,3 +29,13 @@ def test_a_rehearsal_goes_through_all_that_steps_do(tiny_checkpoint, tiny_pipeli
     Denoiser._rehearse(denoiser, engine, weights)
     assert len(engine) == 0
     assert len(previews) == 2  # of each request, after the first of its two steps
+
+
+def test_a_decoders_rehearsal_makes_a_video_of_the_models_own_size(tiny_pipeline, monkeypatch):
+    autoencoder, sizes = tiny_pipeline.autoencoder, []
+    encode, decode = autoencoder.encode, autoencoder.decode_frames
+    monkeypatch.setattr(autoencoder, "encode", lambda frames: sizes.append(tuple(frames.shape)) or encode(frames))
+    monkeypatch.setattr(autoencoder, "decode_frames", lambda z: sizes.append(tuple(z.shape)) or decode(z))
+    defaults = GenerationDefaults(num_frames=3, height=24, width=32)
+    Decoder._rehearse(SimpleNamespace(_network=autoencoder), defaults)
+    assert sizes == [(3, 4, 3, 4), (1, 3, 3, 24, 32)]
