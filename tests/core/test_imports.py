@@ -152,6 +152,7 @@ SERVICE_ALLOWED = {
         "draining",
         "engine_metrics",
         "errors",
+        "health",
         "job_logs",
         "memory",
         "metrics",
