@@ -26,7 +26,10 @@ class _Node:
 class _Replica:
     name: str
     placement: Placement
-    gpus: float = 0.0
+
+    @property
+    def gpus(self) -> float:
+        return self.placement.taken.get("GPU", 0.0)
 
 
 def check_placement(where: str, app: AppConfig, groups: list[Group]) -> Iterator[Problem]:
@@ -94,7 +97,7 @@ def _replicas(app: AppConfig, most: bool, *, rolling: bool = False) -> list[_Rep
     found: list[_Replica] = []
     for name, part in app.parts.items():
         count = part.replicas[1 if most else 0]
-        found += with_new(count, part) * [_Replica(name, part, part.taken.get("GPU", 0.0))]
+        found += with_new(count, part) * [_Replica(name, part)]
     return sorted(found, key=lambda replica: (replica.gpus, replica.placement.num_cpus), reverse=True)
 
 

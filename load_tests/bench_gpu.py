@@ -41,8 +41,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from gpu_peers import CASES, TINY_CASES, Call, Case, Decode, UNetStep, Work, diffusers_version, make_work
+from gpu_peers import Call, Case, Decode, UNetStep, Work, cases_named, diffusers_version, make_work
 from gpu_results import CASE_NAMES, SYSTEMS, Figures, Record, Results, draw, error_of, report
+from timing import gpu_times_ms
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -63,7 +64,7 @@ def main() -> None:
         return
     results = Results.load(arguments.results) if arguments.results.exists() else Results()
     bench = Bench(arguments, results)
-    cases = [case for case in (TINY_CASES if arguments.tiny else CASES) if case.name in arguments.cases]
+    cases = cases_named(arguments.cases, tiny=arguments.tiny)
     try:
         for case in cases:
             bench.measure_case(case)
@@ -212,13 +213,7 @@ class Bench:
                 call(latents)
                 marks_s.append(time.perf_counter())
             return [1000.0 * (after - before) for before, after in pairwise(marks_s)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        events[0].record()
-        for event in events[1:]:
-            call(latents)
-            event.record()
-        self._wait()
-        return [before.elapsed_time(after) for before, after in pairwise(events)]
+        return gpu_times_ms(partial(call, latents), repeats)
 
     def _go_on(self, what: str) -> None:
         """Free what is left of the work before. Raises Stopped, before `what`, where the time or the device is gone."""

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from gpu_peers import CASES, TINY_CASES, Case, make_work
+from gpu_peers import Case, cases_named, make_work
 from gpu_results import CASE_NAMES
+from timing import gpu_times_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,13 +45,12 @@ def main() -> None:
     device = torch.device(arguments.device)
     timer = Timer(device)
     card = Card.measured(timer, device) if device.type == "cuda" else None
-    for case in TINY_CASES if arguments.tiny else CASES:
-        if case.name in arguments.cases:
-            operations, attentions = _operations(case, timer, arguments)
-            sys.stdout.write(_table(case, operations, card, arguments.lines) + "\n")
-            for shapes, of_backends in attentions.items():
-                sys.stdout.write(f"attention of {shapes}, us: {of_backends}\n")
-            sys.stdout.flush()
+    for case in cases_named(arguments.cases, tiny=arguments.tiny):
+        operations, attentions = _operations(case, timer, arguments)
+        sys.stdout.write(_table(case, operations, card, arguments.lines) + "\n")
+        for shapes, of_backends in attentions.items():
+            sys.stdout.write(f"attention of {shapes}, us: {of_backends}\n")
+        sys.stdout.flush()
 
 
 @dataclass(slots=True)
@@ -111,14 +110,8 @@ class Timer:
                 call()
             graph.capture_end()
             graph.replay()
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
-            events[0].record()
-            for event in events[1:]:
-                graph.replay()
-                event.record()
-        torch.cuda.synchronize()
+            times_ms = gpu_times_ms(graph.replay, _REPLAYS)
         self._graph = graph
-        times_ms = [before.elapsed_time(after) for before, after in pairwise(events)]
         return 1000.0 * statistics.median(times_ms) / _CALLS
 
 

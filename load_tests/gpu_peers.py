@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ CASES = (
     Case("decode256", VideoShape(num_frames=16, height=256, width=256), is_decode=True),
     Case("decode1024", VideoShape(num_frames=24, height=576, width=1024), is_decode=True),
 )
-TINY_CASES = (
+_TINY_CASES = (
     Case("1", VideoShape(num_frames=3, height=128, width=128)),
     Case("8", VideoShape(num_frames=3, height=128, width=128), num_videos=8),
     Case("576", VideoShape(num_frames=5, height=40, width=72)),
@@ -52,6 +52,11 @@ TINY_CASES = (
     Case("decode256", VideoShape(num_frames=4, height=64, width=64), is_decode=True),
     Case("decode1024", VideoShape(num_frames=6, height=72, width=128), is_decode=True),
 )
+
+
+def cases_named(names: Collection[str], *, tiny: bool) -> list[Case]:
+    """In their own order, at full size or tiny."""
+    return [case for case in (_TINY_CASES if tiny else CASES) if case.name in names]
 
 
 class Work(Protocol):
@@ -217,7 +222,7 @@ def _apart() -> Iterator[None]:
     """Kernels are launched to begin when the one before has ended, not when its last programs run."""
     from t2v_core.kernels import triton_launch  # where there is Triton
 
-    with mock.patch.object(triton_launch, "options", return_value={"enable_fp_fusion": True}):
+    with mock.patch.object(triton_launch, "options", return_value=triton_launch.USUAL):
         yield
 
 

@@ -81,21 +81,9 @@ def _geglu_that_stays(
 ):  # fmt: skip
     """As `triton_geglu._geglu`, but a program takes one tile after the other, and loads the next one's in between."""
     launch.follow()
-    num_m, num_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(inner, BLOCK_N)
-    for program in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
-        first_m = program // (GROUP_M * num_n) * GROUP_M
-        size_m = tl.minimum(num_m - first_m, GROUP_M)
-        m = (first_m + program % (GROUP_M * num_n) % size_m) * BLOCK_M
-        n = program % (GROUP_M * num_n) // size_m * BLOCK_N
-        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
-        for k in range(0, width, BLOCK_K):
-            both = tl.dot(x.load([m, k]), weight.load([0, n, k]).reshape(2 * BLOCK_N, BLOCK_K).T, both)
-        value, gate = (both * SCALE).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
-        column = n + tl.arange(0, BLOCK_N)
-        is_column = column < inner
-        value += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        gate += tl.load(bias + inner + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        out.store([m, n], (value * triton_geglu._gelu(gate)).to(out.dtype))
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(inner, BLOCK_N)
+    for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        triton_geglu._tile(program, x, weight, out, bias, rows, inner, width, SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ _SLACK = 1e-6  # shares of a core or a GPU are added up
 def check_fits(config: AppConfig, machine: Mapping[str, float]) -> None:
     """Raises InvalidRequest where the fewest replicas that can make a video take more than the machine has.
 
-    Serve would wait for ever.
-
-    `machine`: what it has in all, by Ray's names, "CPU" and "GPU" among them.
+    Serve would wait for ever. `machine`: what it has in all, by Ray's names, "CPU" and "GPU" among them.
     """
     wanted: dict[str, dict[str, float]] = {}  # by resource and part
     for name, part in config.parts.items():

@@ -256,23 +256,26 @@ async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: T
     if frames is not None:
         assert new.input_path is not None
         await parts.artifacts.put(new.input_path, inputs.to_bytes(frames), inputs.MEDIA_TYPE)
-    is_refused = False
     try:
         job, is_new = await parts.jobs.create(
             new, max_queued=limits.max_queued, max_queued_per_owner=limits.max_queued_per_owner
         )
-        is_refused = not is_new
     except (QueueFull, IdempotencyConflict, InvalidRequest):
-        is_refused = True
-        raise
-    finally:  # where it is not known, as when the client goes away, the row may be there: the sweeper looks
-        if frames is not None and is_refused:
-            await _remove_files(new.id, parts)
+        await _remove_input(new, parts)
+        raise  # after any other error, as when the client goes away, the row may be there: the sweeper looks
+    if not is_new:
+        await _remove_input(new, parts)
     name_job(job.id)
     logger.info("job accepted: job=%s priority=%s is_new=%s request=%s", job.id, job.priority, is_new, new.request_id)
     await parts.wake()
     response.headers["openai-poll-after-ms"] = _POLL_AFTER_MS
     return video_object(job)
+
+
+async def _remove_input(new: NewJob, parts: ApiParts) -> None:
+    """Of a request that became no job."""
+    if new.input_path is not None:
+        await _remove_files(new.id, parts)
 
 
 async def _remove_files(job_id: str, parts: ApiParts) -> None:

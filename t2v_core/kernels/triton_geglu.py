@@ -50,8 +50,15 @@ def _geglu(
     SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     launch.follow()
+    _tile(tl.program_id(0), x, weight, out, bias, rows, inner, width, SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
+
+
+@triton.jit
+def _tile(
+    program, x, weight, out, bias, rows, inner, width,
+    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     # Programs that run together share rows and columns of the operands (as in Triton's tutorial on products).
-    program = tl.program_id(0)
     num_m, num_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(inner, BLOCK_N)
     first_m = program // (GROUP_M * num_n) * GROUP_M
     size_m = tl.minimum(num_m - first_m, GROUP_M)

@@ -11,12 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+USUAL: Mapping[str, bool] = {"enable_fp_fusion": True}  # of a kernel that begins when the one before has ended
+
 
 @cache
 def options(device: torch.device) -> Mapping[str, bool]:
     """What every launch is given on a device. Kernels that are launched so call `follow` first."""
-    usual = {"enable_fp_fusion": True}
-    return usual | {"launch_pdl": True} if tl.target_info.cuda_capability_geq(9, 0) else usual
+    return {**USUAL, "launch_pdl": True} if tl.target_info.cuda_capability_geq(9, 0) else USUAL
 
 
 @triton.jit

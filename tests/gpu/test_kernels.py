@@ -307,7 +307,7 @@ def test_kernels_that_begin_before_the_last_one_ends_wait_for_what_it_writes(mon
         return sums.clone()
 
     at_once = replayed()
-    monkeypatch.setattr(triton_launch, "options", lambda device: {"enable_fp_fusion": True})
+    monkeypatch.setattr(triton_launch, "options", lambda device: triton_launch.USUAL)
     assert torch.equal(at_once, replayed())
     assert at_once.isfinite().all()
 
