@@ -12,8 +12,6 @@ Systems:
     t2v                 t2v_core's network, launched kernel by kernel
     t2v+graphs          the same behind t2v_core.graphs, which replays all but large calls
     t2v+fp8             and with products after a norm in fp8, which is not exact; only the UNet
-    t2v+streams         exact, in halves on two streams of one graph: a trial of what one leaves idle for the other
-    t2v+apart           as t2v+graphs, but no kernel's programs are placed before the kernel before has ended
 
 All have the same weights, random ones of the released size, and the same inputs. Times are medians between CUDA events
 of calls that follow each other without waiting, as steps do. What depends on the prompt alone is done before, by those

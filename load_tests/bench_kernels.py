@@ -28,7 +28,7 @@ from gpu_results import CASE_NAMES
 from timing import gpu_times_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from t2v_core.config import ModelConfig
@@ -172,7 +172,9 @@ class Recorder(TorchDispatchMode):
             operation.count += 1
             return
         own = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-        self.operations[name, sizes] = Operation(name, sizes, self._timer.us(call), sum(own.values()), flop)
+        with _disable_current_modes():  # a graph's replay has operations of its own
+            us = self._timer.us(call)
+        self.operations[name, sizes] = Operation(name, sizes, us, sum(own.values()), flop)
 
 
 def _operations(

@@ -2,18 +2,16 @@
 
 import importlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import ModelConfig
-from t2v_core.graphs import GraphedUNet, Graphs, replay_decoder
+from t2v_core.graphs import GraphedUNet, replay_decoder
 from t2v_core.shapes import SPATIAL_SCALE, VideoShape
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights.diffusers_config import AUTOENCODER_CONFIG, UNET_CONFIG, config_files
@@ -77,7 +75,7 @@ class Work(Protocol):
 class UNetStep:
     """eps of every row, prompts then negative prompts. Each system is given all that does not change between steps."""
 
-    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8", "t2v+streams", "t2v+apart")
+    systems = ("diffusers", "diffusers+compile", "t2v", "t2v+graphs", "t2v+fp8")
 
     def __init__(self, config: ModelConfig, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self._config, self._weights = config, _random_weights(UNet3D, config.unet, device, dtype)
@@ -96,46 +94,14 @@ class UNetStep:
 
     def bind(self, system: str, network: Any) -> Call:
         rows, timesteps = self._rows, self._timesteps
-        if system == "t2v+streams":
-            return self._in_two_streams(network)
         if system.startswith("t2v"):
             text = network.read_text(self._text_embeds)
             unet = network if system == "t2v" else GraphedUNet(network)
-            if system == "t2v+apart":
-                with _apart():
-                    unet(self.latents, timesteps, text, rows)  # which captures
             return lambda latents: unet(latents, timesteps, text, rows)
         if system == "diffusers+compile":
             network = torch.compile(network, dynamic=False)
         timesteps, text_embeds = timesteps[rows], self._text_embeds
         return lambda latents: network(latents[rows], timesteps, text_embeds, return_dict=False)[0]
-
-    def _in_two_streams(self, network: Any) -> Call:
-        """One graph of two halves that know nothing of each other: of the videos or else of the rows of one."""
-        num_videos, device = len(self.latents), self.latents.device
-        halves = torch.arange(2 * num_videos, device=device).view(2, num_videos)
-        rows_of = halves.unbind() if num_videos == 1 else [half.flatten() for half in halves.chunk(2, dim=1)]
-        parts = []
-        for rows in rows_of:
-            first, last = int(self._rows[rows].min()), int(self._rows[rows].max()) + 1
-            text = network.read_text(self._text_embeds[rows])
-            parts.append((slice(first, last), self._timesteps[first:last], text, self._rows[rows] - first))
-        order, side = torch.cat(rows_of).argsort(), torch.cuda.Stream()
-
-        def eps(latents: Tensor, part: int) -> Tensor:
-            videos, timesteps, text, rows = parts[part]
-            return network(latents[videos], timesteps, text, rows)
-
-        def both(latents: Tensor) -> tuple[Tensor]:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                second = eps(latents, 1)
-            first = eps(latents, 0)
-            torch.cuda.current_stream().wait_stream(side)
-            return (torch.cat([first, second])[order],)
-
-        graphs = Graphs(both)
-        return lambda latents: graphs((latents,))[0]
 
     def reference(self) -> Tensor:
         network = self._diffusers({name: tensor.float() for name, tensor in self._weights.items()})
@@ -215,15 +181,6 @@ def diffusers_version() -> str | None:
         return str(importlib.import_module("diffusers").__version__)
     except ImportError:
         return None
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Kernels are launched to begin when the one before has ended, not when its last programs run."""
-    from t2v_core.kernels import triton_launch  # where there is Triton
-
-    with mock.patch.object(triton_launch, "options", return_value=triton_launch.USUAL):
-        yield
 
 
 def _random_weights(network: type[nn.Module], config: object, device: torch.device, dtype: torch.dtype) -> Weights:

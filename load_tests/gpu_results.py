@@ -11,9 +11,7 @@ SYSTEMS = UNetStep.systems
 CASE_NAMES = tuple(case.name for case in CASES)
 
 _OURS = "t2v+graphs"  # as it is served
-_COLOURS = dict(
-    zip(SYSTEMS, ("#9e9e9e", "#c58b4a", "#4a7fb5", "#c0392b", "#7d3c98", "#1e8449", "#16a085"), strict=True)
-)
+_COLOURS = dict(zip(SYSTEMS, ("#9e9e9e", "#c58b4a", "#4a7fb5", "#c0392b", "#7d3c98"), strict=True))
 
 
 class Figures(BaseModel):

@@ -6,8 +6,12 @@ For each width of the released UNet, with 2 and 16 rows of 16 frames of 256x256:
 choice, the quickest first, and the largest difference of their results from those of today's.
 """
 
+import contextlib
 import itertools
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
@@ -18,7 +22,6 @@ from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import triton_geglu
-from t2v_core.kernels import triton_launch as launch
 
 _GPU = torch.device("cuda")
 _BLOCK_K = 64
@@ -26,21 +29,26 @@ _TILES = ((128, 64, 4), (128, 128, 8), (256, 64, 8))  # rows, columns of each ha
 _STAGES, _GROUPS = (3, 4), (8, 16)
 _WIDTHS = ((320, 1024), (640, 256), (1280, 64))  # channels, pixels of a frame
 _FRAMES = 16
+_MOST_PROCESSES = 12
+
+_Tile = tuple[int, int, int]
 
 
 def main() -> None:
     timer = Timer(_GPU)
     processors = torch.cuda.get_device_properties(_GPU).multi_processor_count
+    choices = list(itertools.product(_TILES, _STAGES, _GROUPS, (None, processors, 2 * processors)))
+    with ProcessPoolExecutor(
+        min(_MOST_PROCESSES, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        list(pool.map(_compile, *zip(*(choice for choice in choices if choice[3] != processors), strict=True)))
     for (width, pixels), num_rows in itertools.product(_WIDTHS, (2, 16)):
         torch.manual_seed(0)
-        x = torch.randn(num_rows * _FRAMES * pixels, width, device=_GPU, dtype=torch.float16)
-        proj = nn.Linear(width, 8 * width, device=_GPU, dtype=torch.float16).requires_grad_(False)
+        x, proj = _inputs(num_rows * _FRAMES * pixels, width)
         flop = 2 * x.numel() * len(proj.weight)
         reference = triton_geglu.geglu(x, proj)
         found = [(timer.us(partial(triton_geglu.geglu, x, proj)), "today's", 0.0)]
-        for tile, stages, group, programs in itertools.product(
-            _TILES, _STAGES, _GROUPS, (None, processors, 2 * processors)
-        ):
+        for tile, stages, group, programs in choices:
             call = partial(_geglu, x, proj, tile, stages, group, programs)
             name = f"{tile}, {stages} stages, groups of {group}, {programs or 'a program a tile'}"
             try:
@@ -54,9 +62,18 @@ def main() -> None:
         sys.stdout.flush()
 
 
-def _geglu(
-    x: Tensor, proj: nn.Linear, tile: tuple[int, int, int], stages: int, group: int, programs: int | None
-) -> Tensor:
+def _inputs(rows: int, width: int) -> tuple[Tensor, nn.Linear]:
+    x = torch.randn(rows, width, device=_GPU, dtype=torch.float16)
+    return x, nn.Linear(width, 8 * width, device=_GPU, dtype=torch.float16).requires_grad_(False)
+
+
+def _compile(tile: _Tile, stages: int, group: int, programs: int | None) -> None:
+    """For Triton's cache on disk, where the other widths find it as well."""
+    with contextlib.suppress(triton.runtime.errors.OutOfResources):
+        _geglu(*_inputs(1024, _WIDTHS[0][0]), tile, stages, group, programs)
+
+
+def _geglu(x: Tensor, proj: nn.Linear, tile: _Tile, stages: int, group: int, programs: int | None) -> Tensor:
     """By a program for each tile where `programs` is None."""
     block_m, block_n, num_warps = tile
     width, inner = x.shape[-1], proj.out_features // 2
@@ -69,7 +86,7 @@ def _geglu(
         TensorDescriptor.from_tensor(out, [block_m, block_n]),
         proj.bias, len(x), inner, width,
         SCALE=1.0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_BLOCK_K, GROUP_M=group,
-        num_warps=num_warps, num_stages=stages, **launch.options(x.device),
+        num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -80,7 +97,6 @@ def _geglu_that_stays(
     SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """As `triton_geglu._geglu`, but a program takes one tile after the other, and loads the next one's in between."""
-    launch.follow()
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(inner, BLOCK_N)
     for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         triton_geglu._tile(program, x, weight, out, bias, rows, inner, width, SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)

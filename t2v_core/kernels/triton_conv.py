@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from t2v_core.kernels import triton_launch as launch
 from t2v_core.kernels.fp8 import FP8, scale_of
 
 _BLOCK_M, _BLOCK_N, _NUM_STAGES = 128, 128, 3
@@ -74,7 +73,7 @@ def _conv(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         num_n, tiles[1], tiles[2], channels,
         SCALE=scale_of(weight),
         TAPS_Y=taps_y, TAPS_X=taps_x, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], BLOCK_N=_BLOCK_N, BLOCK_K=block_k,
-        num_warps=8 if channels >= _WIDE else 4, num_stages=_NUM_STAGES, **launch.options(x.device),
+        num_warps=8 if channels >= _WIDE else 4, num_stages=_NUM_STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -98,7 +97,6 @@ def _conv_tile(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    launch.follow()
     channel, tile = tl.program_id(0) % num_n * BLOCK_N, tl.program_id(0) // num_n
     image = tile // (tiles_y * tiles_x) * BOX_N
     top, left = tile // tiles_x % tiles_y * BOX_H, tile % tiles_x * BOX_W

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from t2v_core.kernels import triton_launch as launch
 from t2v_core.kernels.fp8 import scale_of
 
 # Two programs share a processor, so that one gates while the other multiplies; of short products, three.
@@ -38,8 +37,7 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
         TensorDescriptor.from_tensor(out_rows, [_BLOCK_M, _BLOCK_N]),
         proj.bias, len(x_rows), inner, width,
         SCALE=scale_of(proj.weight), BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=block_k, GROUP_M=_GROUP_M,
-        num_warps=_NUM_WARPS, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None,
-        **launch.options(x.device),
+        num_warps=_NUM_WARPS, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -49,7 +47,6 @@ def _geglu(
     x, weight, out, bias, rows, inner, width,
     SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    launch.follow()
     _tile(tl.program_id(0), x, weight, out, bias, rows, inner, width, SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
 
 

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from t2v_core.kernels import triton_launch as launch
-
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
 _WHOLE_GROUP_CHANNELS = 30  # fewer beside each other in memory are read too slowly by groups
 _TILE_VALUES = 4096
@@ -83,7 +81,7 @@ def _group_norm(
             x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
             **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
             BLOCK_P=triton.next_power_of_2(positions),
-            num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8, **launch.options(x.device),
+            num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8, enable_fp_fusion=True,
         )  # fmt: skip
         return total, out
 
@@ -98,18 +96,18 @@ def _group_norm(
     _sums[(num_c, chunks, samples)](
         x, second, added, total, sums, *sizes, chunk, chunks, *offset_at,
         **flags, HAS_OFFSET=offset is not None, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, **launch.options(x.device),
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _scales[(samples, norm.num_groups)](
         sums, added, norm.weight, norm.bias, scales, positions, channels, norm.eps, chunks, *offset_at,
         HAS_OFFSET=offset is not None and delta is None, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
         BLOCK_N=triton.next_power_of_2(chunks),
-        num_warps=2, **launch.options(x.device),
+        num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     _apply[(num_c * triton.cdiv(positions, block_p), samples)](
         total, second, scales, out, *sizes,
         HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, **launch.options(x.device),
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return total, out
 
@@ -143,7 +141,6 @@ def _whole_groups(
     HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    launch.follow()
     sample, group = tl.program_id(0), tl.program_id(1)
     position = tl.arange(0, BLOCK_P)[:, None]
     in_group = tl.arange(0, BLOCK_G)[None, :]
@@ -177,7 +174,6 @@ def _sums(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums and sums of squares of each channel over the positions of a chunk."""
-    launch.follow()
     part, sample = chunks - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -210,7 +206,6 @@ def _scales(
     HAS_OFFSET: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What each channel is multiplied by, and what is added then."""
-    launch.follow()
     sample, group = tl.program_id(0), tl.program_id(1)
     in_group = tl.arange(0, BLOCK_G)
     is_channel = in_group < GROUP_CHANNELS
@@ -237,7 +232,6 @@ def _apply(
     x, second, scales, out, positions, x_channels, channels,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    launch.follow()
     num_c = tl.cdiv(channels, BLOCK_C)
     block, sample = tl.program_id(0), tl.program_id(1)
     position = block // num_c * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]

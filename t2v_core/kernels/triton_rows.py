@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from t2v_core.kernels import triton_launch as launch
-
 _TILE_VALUES = 4096
 
 
@@ -36,7 +34,7 @@ def add(x: Tensor, delta: Tensor, offset: Tensor) -> Tensor:
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, _TILE_VALUES // block_c)
     _add[(triton.cdiv(rows, block_r),)](
-        x, delta, offset, out, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **launch.options(x.device)
+        x, delta, offset, out, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True
     )
     return out
 
@@ -52,7 +50,7 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     block_r = max(1, _TILE_VALUES // block_c)
     _join_quarters[(triton.cdiv(rows, block_r),)](
         corners, bias, out, rows, height, width, channels, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=4, **launch.options(corners.device),
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -71,14 +69,13 @@ def _layer_norm(
     _normalise[(triton.cdiv(rows, block_r),)](
         x, x if delta is None else delta.contiguous(), offset, norm.weight, norm.bias, total, out,
         rows, channels, total.stride(-2), norm.eps,
-        HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **launch.options(x.device),
+        HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
 def _add(x, delta, offset, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    launch.follow()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     mask = (row < rows) & (column < channels)
@@ -91,7 +88,6 @@ def _add(x, delta, offset, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: 
 
 @triton.jit
 def _join_quarters(corners, bias, out, rows, height, width, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    launch.follow()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     mask = (row < rows) & (column < channels)
@@ -108,7 +104,6 @@ def _normalise(
     x, delta, offset, weight, bias, total, out, rows, channels, total_stride, eps,
     HAS_DELTA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    launch.follow()
     # From the end to the beginning: the rows that were written last are still in the cache.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]

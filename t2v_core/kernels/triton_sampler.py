@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_core.kernels import triton_launch as launch
-
 _BLOCK = 1024
 
 
@@ -19,7 +17,7 @@ def sampler_update(
     next_latents, next_history = torch.empty_like(latents), torch.empty_like(history)
     _update[(triton.cdiv(size, _BLOCK), len(latents))](
         latents, eps, history, latents if noise is None else noise.contiguous(), rows, next_latents, next_history, size,
-        rows.stride(0), HAS_NOISE=noise is not None, BLOCK=_BLOCK, num_warps=4, **launch.options(latents.device),
+        rows.stride(0), HAS_NOISE=noise is not None, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return next_latents, next_history
 
@@ -29,7 +27,6 @@ def _update(
     latents, eps, history, noise, rows, next_latents, next_history, size, row_stride,
     HAS_NOISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    launch.follow()
     request = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_core.kernels import triton_launch as launch
-
 _ROWS = 64  # of a program's product
 _HEAD_DIMS = (16, 32, 64, 128)
 
@@ -31,7 +29,7 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     _attend[grid](
         qkv, out, f, h * w, inner, (inner // heads) ** -0.5,
         HEAD_DIM=inner // heads, BLOCK_F=block_f, BLOCK_P=block_p,
-        num_warps=4, **launch.options(qkv.device),
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -40,7 +38,6 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
 def _attend(
     qkv, out, frames, pixels, inner, scale, HEAD_DIM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    launch.follow()
     # From the end to the beginning: the rows that were written last are still in the cache.
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     sample = tl.num_programs(2) - 1 - tl.program_id(2)

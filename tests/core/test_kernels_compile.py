@@ -25,8 +25,6 @@ jit = pytest.importorskip("triton.runtime.jit")
 
 SHARED_BYTES = 227 << 10  # of a processor, that one program can have
 MOST_STACK_BYTES = 32  # a thread; eight registers
-WAIT = "griddepcontrol.wait"
-MEMORY = re.compile(r"\b(ld|st|red|atom|cp)\.(global|async)")
 NORMS = {"_whole_groups", "_sums", "_scales", "_apply", "_normalise"}
 UNET = NORMS | {"_geglu", "_attend", "_add", "_join_quarters"}
 
@@ -72,15 +70,11 @@ def draw(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def check(kernels: dict, names: set[str], folder: Path) -> None:
-    """Each waits for the one before it first, fits into a processor, and keeps its registers there, but for a few."""
+    """Each fits into a processor, and keeps its registers there, but for a few."""
     assert kernels.keys() == names
     cubin = folder / "kernel.cubin"
     for name, variants in kernels.items():
         for kernel in variants:
-            assert kernel.metadata.launch_pdl, name
-            before, _, after = kernel.asm["ptx"].partition(WAIT)
-            assert after, name
-            assert not MEMORY.search(before), name
             assert kernel.metadata.shared <= SHARED_BYTES, name
             cubin.write_bytes(kernel.asm["cubin"])
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]

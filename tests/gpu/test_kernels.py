@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 # The interpreter takes bf16 for integers where it multiplies matrices.
 HALVES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
 # Half of the last digit is 2^-4; the interpreter rounds towards zero, and by a whole one.
-FP8_TOLERANCE = 0.1 if IS_INTERPRETED else 0.03
+TOLERANCES[FP8] = 0.1 if IS_INTERPRETED else 0.03
+FP8_SUM_TOLERANCE = 2e-3  # of products of fp8, which Hopper adds with fewer bits than float32 has
 needs_hopper = pytest.mark.skipif(
     not IS_INTERPRETED and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0)),
     reason="needs a Hopper GPU, or TRITON_INTERPRET=1",
@@ -47,10 +48,10 @@ def randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.to(DEVICE, dtype)
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float | None = None) -> None:
     assert actual.dtype == dtype
     error = (actual.double() - expected).norm() / expected.norm()
-    assert error.item() <= (FP8_TOLERANCE if dtype == FP8 else TOLERANCES[dtype])
+    assert error.item() <= (tolerance or TOLERANCES[dtype])
 
 
 @every_dtype
@@ -237,7 +238,7 @@ def test_convolutions_in_fp8(num_frames, height, width, channels, out_channels):
         weight = quantised(weight.to(memory_format=last))
         assert fast.fits(x, weight)
         exact = getattr(plain, conv)(x, weight, torch.float64)
-        assert_close(getattr(fast, conv)(x, weight, torch.float16), exact, torch.float16)
+        assert_close(getattr(fast, conv)(x, weight, torch.float16), exact, torch.float16, FP8_SUM_TOLERANCE)
 
 
 @needs_hopper
@@ -252,7 +253,7 @@ def test_geglu_in_fp8(rows, width, inner):
     exact_proj.weight = nn.Parameter(proj.weight.double() / WEIGHT_SCALE)
     exact_proj.bias = nn.Parameter(proj.bias.double())
     exact = plain.geglu(x.double(), exact_proj)
-    assert_close(fast.geglu(x, proj), exact, torch.float16)
+    assert_close(fast.geglu(x, proj), exact, torch.float16, FP8_SUM_TOLERANCE)
     beside = torch.zeros(rows, inner + 16, dtype=FP8, device=DEVICE)
     fast.geglu(x, proj, out=beside[:, 16:])
     assert_close(beside[:, 16:], exact, FP8)
@@ -272,44 +273,6 @@ def test_a_samplers_update(has_noise):
     )
     for ours, expected in zip(actual, exact, strict=True):
         assert_close(ours, expected, torch.float32)
-
-
-@needs_hopper
-def test_kernels_that_begin_before_the_last_one_ends_wait_for_what_it_writes(monkeypatch):
-    from t2v_core.kernels import triton_geglu, triton_group_norm, triton_launch, triton_rows, triton_temporal_attention
-
-    channels, num_rounds = 64, 2 if IS_INTERPRETED else 200
-    group_norm, layer_norm = (
-        randomised(norm, torch.float16) for norm in (nn.GroupNorm(4, channels), nn.LayerNorm(channels))
-    )
-    proj = randomised(nn.Linear(channels, 6 * channels), torch.float16)
-    start, offset = draw(1, 3, 8, 8, channels, dtype=torch.float16), draw(channels, dtype=torch.float16)
-
-    def chain() -> Tensor:
-        x, sums = start, []
-        for _ in range(num_rounds):
-            y = triton_group_norm.group_norm(x, group_norm, over_frames=True, silu=True)
-            x, y = triton_rows.add_layer_norm(x, y, offset, layer_norm)
-            y = triton_temporal_attention.temporal_attention(triton_geglu.geglu(y, proj), heads=1)
-            x, _ = triton_group_norm.add_group_norm(y, x, None, group_norm, over_frames=False, silu=False)
-            sums.append(x)
-        return torch.stack(sums)
-
-    def replayed() -> Tensor:
-        """Without the time that a launch takes in between."""
-        sums = chain()
-        if IS_INTERPRETED:
-            return sums
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            sums = chain()
-        graph.replay()
-        return sums.clone()
-
-    at_once = replayed()
-    monkeypatch.setattr(triton_launch, "options", lambda device: triton_launch.USUAL)
-    assert torch.equal(at_once, replayed())
-    assert at_once.isfinite().all()
 
 
 @pytest.mark.parametrize(("sizes", "length"), [((16, 32, 32), 128), ((5, 40, 72), 128), ((7, 3, 3), 128)])

@@ -22,7 +22,8 @@ from t2v_core.errors import InvalidRequest
 
 pytestmark = pytest.mark.anyio
 SECRET = "a secret of sixteen"
-CONFIG = WebhooksConfig(secret=SECRET, allow_private=True, timeout_s=0.5, retry_delays_s=(0.05, 0.05, 0.05))
+CONFIG = WebhooksConfig(secret=SECRET, allow_private=True, timeout_s=30, retry_delays_s=(0.05, 0.05, 0.05))
+IMPATIENT = CONFIG.model_copy(update={"timeout_s": 1.0})  # for receivers that do not answer
 
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -195,7 +196,7 @@ async def test_a_job_without_a_url_tells_nobody(jobs):
     "trouble", [BROKEN, nothing, drop_by_drop, NO_HTTP, ELSEWHERE], ids=["500", "silent", "slow", "no http", "302"]
 )
 async def test_a_receiver_in_trouble_gets_the_same_message_again(jobs, trouble):
-    async with receiving(trouble, OK) as receiver, delivering(jobs):
+    async with receiving(trouble, OK) as receiver, delivering(jobs, IMPATIENT):
         await end_one(jobs, receiver.url)
         ((_, delivered_at, attempts),) = await settled(jobs)
     assert delivered_at is not None
@@ -240,8 +241,7 @@ async def test_it_is_given_up_in_the_end(jobs, answer, attempts):
 
 
 async def test_a_slow_receiver_holds_up_no_other(jobs):
-    slow = CONFIG.model_copy(update={"timeout_s": 30.0})
-    async with receiving(nothing) as silent, receiving(OK) as quick, delivering(jobs, slow):
+    async with receiving(nothing) as silent, receiving(OK) as quick, delivering(jobs):
         await end_one(jobs, silent.url)
         await until(lambda: bool(silent.got))
         await end_one(jobs, quick.url)
@@ -250,7 +250,7 @@ async def test_a_slow_receiver_holds_up_no_other(jobs):
 
 async def test_what_was_under_way_when_a_deliverer_died_is_sent_by_the_next(jobs):
     async with receiving(nothing, OK) as receiver:
-        async with delivering(jobs):
+        async with delivering(jobs, IMPATIENT):
             await end_one(jobs, receiver.url)
             await until(lambda: bool(receiver.got))
         async with delivering(jobs):
