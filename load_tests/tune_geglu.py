@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 import triton
-import triton.language as tl
 from bench_kernels import Timer
 from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -25,8 +24,12 @@ from t2v_core.kernels import triton_geglu
 
 _GPU = torch.device("cuda")
 _BLOCK_K = 64
-_TILES = ((128, 64, 4), (128, 128, 8), (256, 64, 8))  # rows, columns of each half, warps
-_STAGES, _GROUPS = (3, 4), (8, 16)
+_GROUPS = (8, 16)
+# Tiles (rows, columns of each half, warps), stages, groups, and programs that stay on a processor; 0: one for each tile.
+_CHOICES = (
+    *itertools.product(((128, 64, 4),), (2, 3), _GROUPS, (0, 2, 3)),
+    *itertools.product(((128, 128, 8), (256, 64, 8)), (3, 4), _GROUPS, (0, 1)),
+)
 _WIDTHS = ((320, 1024), (640, 256), (1280, 64))  # channels, pixels of a frame
 _FRAMES = 16
 _MOST_PROCESSES = 12
@@ -36,21 +39,19 @@ _Tile = tuple[int, int, int]
 
 def main() -> None:
     timer = Timer(_GPU)
-    processors = torch.cuda.get_device_properties(_GPU).multi_processor_count
-    choices = list(itertools.product(_TILES, _STAGES, _GROUPS, (None, processors, 2 * processors)))
     with ProcessPoolExecutor(
         min(_MOST_PROCESSES, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
-        list(pool.map(_compile, *zip(*(choice for choice in choices if choice[3] != processors), strict=True)))
+        list(pool.map(_compile, *zip(*_CHOICES, strict=True)))
     for (width, pixels), num_rows in itertools.product(_WIDTHS, (2, 16)):
         torch.manual_seed(0)
         x, proj = _inputs(num_rows * _FRAMES * pixels, width)
         flop = 2 * x.numel() * len(proj.weight)
         reference = triton_geglu.geglu(x, proj)
         found = [(timer.us(partial(triton_geglu.geglu, x, proj)), "today's", 0.0)]
-        for tile, stages, group, programs in choices:
+        for tile, stages, group, programs in _CHOICES:
             call = partial(_geglu, x, proj, tile, stages, group, programs)
-            name = f"{tile}, {stages} stages, groups of {group}, {programs or 'a program a tile'}"
+            name = f"{tile}, {stages} stages, groups of {group}, {programs or 'no'} programs that stay"
             try:
                 difference = (call() - reference).abs().max().item()
                 found.append((timer.us(call), name, difference))
@@ -67,39 +68,28 @@ def _inputs(rows: int, width: int) -> tuple[Tensor, nn.Linear]:
     return x, nn.Linear(width, 8 * width, device=_GPU, dtype=torch.float16).requires_grad_(False)
 
 
-def _compile(tile: _Tile, stages: int, group: int, programs: int | None) -> None:
+def _compile(tile: _Tile, stages: int, group: int, programs: int) -> None:
     """For Triton's cache on disk, where the other widths find it as well."""
     with contextlib.suppress(triton.runtime.errors.OutOfResources):
         _geglu(*_inputs(1024, _WIDTHS[0][0]), tile, stages, group, programs)
 
 
-def _geglu(x: Tensor, proj: nn.Linear, tile: _Tile, stages: int, group: int, programs: int | None) -> Tensor:
-    """By a program for each tile where `programs` is None."""
+def _geglu(x: Tensor, proj: nn.Linear, tile: _Tile, stages: int, group: int, programs: int) -> Tensor:
     block_m, block_n, num_warps = tile
     width, inner = x.shape[-1], proj.out_features // 2
     out = x.new_empty(len(x), inner)
     tiles = triton.cdiv(len(x), block_m) * triton.cdiv(inner, block_n)
-    kernel = triton_geglu._geglu if programs is None else _geglu_that_stays
-    kernel[(min(programs or tiles, tiles),)](
+    kernel = triton_geglu._geglu_that_stays if programs else triton_geglu._geglu
+    kernel[(min(programs * triton_geglu.num_processors(_GPU) or tiles, tiles),)](
         TensorDescriptor.from_tensor(x, [block_m, _BLOCK_K]),
         TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, block_n, _BLOCK_K]),
         TensorDescriptor.from_tensor(out, [block_m, block_n]),
         proj.bias, len(x), inner, width,
         SCALE=1.0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_BLOCK_K, GROUP_M=group,
-        num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
+        num_warps=num_warps, num_stages=stages, maxnreg=168 if num_warps == 4 and programs != 2 else None,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _geglu_that_stays(
-    x, weight, out, bias, rows, inner, width,
-    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """As `triton_geglu._geglu`, but a program takes one tile after the other, and loads the next one's in between."""
-    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(inner, BLOCK_N)
-    for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        triton_geglu._tile(program, x, weight, out, bias, rows, inner, width, SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
 
 
 if __name__ == "__main__":

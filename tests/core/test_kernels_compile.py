@@ -26,7 +26,7 @@ jit = pytest.importorskip("triton.runtime.jit")
 SHARED_BYTES = 227 << 10  # of a processor, that one program can have
 MOST_STACK_BYTES = 32  # a thread; eight registers
 NORMS = {"_whole_groups", "_sums", "_scales", "_apply", "_normalise"}
-UNET = NORMS | {"_geglu", "_attend", "_add", "_join_quarters"}
+UNET = NORMS | {"_geglu", "_geglu_that_stays", "_attend", "_add", "_join_quarters"}
 
 
 @pytest.fixture
