@@ -25,7 +25,7 @@ from t2v_core.kernels import triton_geglu
 _GPU = torch.device("cuda")
 _BLOCK_K = 64
 _GROUPS = (8, 16)
-# Tiles (rows, columns of each half, warps), stages, groups, and programs that stay on a processor; 0: one for each tile.
+# Tiles (rows, columns of each half, warps), stages, groups, and programs that stay on a processor (0: one for a tile).
 _CHOICES = (
     *itertools.product(((128, 64, 4),), (2, 3), _GROUPS, (0, 2, 3)),
     *itertools.product(((128, 128, 8), (256, 64, 8)), (3, 4), _GROUPS, (0, 1)),

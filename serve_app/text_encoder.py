@@ -33,6 +33,7 @@ class TextEncoder:
         self._health = Health("text encoder")
         self._tokenizer = Tokenizer(checkpoint.config.text_encoder.context_length)
         self._network = load_text_encoder(checkpoint, device, dtype)
+        self._run([self._tokenizer("")])  # no request waits for what the first call does
         self._cache: OrderedDict[bytes, asyncio.Task[Tensor]] = OrderedDict()  # also what is only being embedded
         self._cache_entries = config.cache_entries
         # Here and not as a decorator, since what it is given comes from the config.
