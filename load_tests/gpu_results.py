@@ -11,6 +11,14 @@ SYSTEMS = UNetStep.systems
 CASE_NAMES = tuple(case.name for case in CASES)
 
 _OURS = "t2v+graphs"  # as it is served
+_TITLES = {
+    "1": "step of 1 video,\n16 x 256 x 256",
+    "8": "step of 8 videos,\n16 x 256 x 256",
+    "576": "step of 1 video,\n24 x 320 x 576",
+    "1024": "step of 1 video,\n24 x 576 x 1024",
+    "decode256": "decode,\n16 x 256 x 256",
+    "decode1024": "decode,\n24 x 576 x 1024",
+}
 _COLOURS = dict(zip(SYSTEMS, ("#9e9e9e", "#c58b4a", "#4a7fb5", "#c0392b", "#7d3c98"), strict=True))
 
 
@@ -117,8 +125,9 @@ def _draw_case(axes: Any, name: str, records: Sequence[Record]) -> None:
         assert record.figures is not None
         bars = axes.bar(record.system, record.figures.video_ms, color=_COLOURS[record.system])
         axes.bar_label(bars, fmt="%.3g")
-    axes.set_title(name)
-    axes.tick_params(axis="x", labelrotation=40)
+    axes.set_title(_TITLES[name], fontsize="medium")
+    for label in axes.get_xticklabels():
+        label.set(rotation=40, horizontalalignment="right", rotation_mode="anchor")
     axes.margins(y=0.15)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

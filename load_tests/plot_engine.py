@@ -31,16 +31,21 @@ def main() -> None:
 
 
 def draw(results: Results) -> Any:  # matplotlib's Figure, which is not imported for its type alone
-    """A column a scenario."""
+    """A column a scenario: below, what was found at 80 % of capacity; above, at several loads, where there are some."""
     from matplotlib.figure import Figure
 
     scenarios = list(dict.fromkeys(run.scenario for run in results.runs))
-    figure = Figure(figsize=(4.6 * len(scenarios), 7.5), layout="constrained")
-    axes = figure.subplots(2, len(scenarios), squeeze=False)
-    for scenario, over_load, distribution in zip(scenarios, axes[0], axes[1], strict=True):
-        _draw_over_load(over_load, results, scenario)
+    has_loads = len({run.load for run in results.runs if run.load < SATURATED_LOAD}) > 1
+    num_rows = 2 if has_loads else 1
+    figure = Figure(figsize=(4.6 * len(scenarios), 3.9 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, len(scenarios), squeeze=False)
+    for scenario, distribution in zip(scenarios, axes[-1], strict=True):
         _draw_distribution(distribution, results, scenario)
-    handles, labels = axes[0][-1].get_legend_handles_labels()
+    for scenario, over_load in zip(scenarios, axes[0] if has_loads else (), strict=False):
+        _draw_over_load(over_load, results, scenario)
+    for scenario, top in zip(scenarios, axes[0], strict=True):
+        top.set_title(scenario)
+    handles, labels = axes[-1][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     setup = results.setup
     figure.suptitle(
@@ -57,13 +62,11 @@ def _draw_over_load(axes: Any, results: Results, scenario: str) -> None:
         points = [(100 * load, by_load[load][system].parts["all"].p95) for load in loads if system in by_load[load]]
         urgent = [(100 * load, by_load[load][system].parts["urgent"].p95) for load in loads if system in by_load[load]]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=_COLOURS[system], label=_LABELS[system])
+            axes.plot(*zip(*points, strict=True), marker="o", color=_COLOURS[system])
             axes.plot(
                 *zip(*urgent, strict=True), ":", marker=".", color=_COLOURS[system]
             )  # nothing where there are none
-    axes.set(
-        title=scenario, xlabel=f"load, % of capacity{_dots(results, scenario)}", ylabel="p95 latency, s", yscale="log"
-    )
+    axes.set(xlabel=f"load, % of capacity{_dots(results, scenario)}", ylabel="p95 latency, s", yscale="log")
     _label(axes.yaxis)
     axes.grid(which="both", alpha=0.2)
 
@@ -73,12 +76,12 @@ def _draw_distribution(axes: Any, results: Results, scenario: str) -> None:
     by_system = pools(results, scenario, ACCEPTED_LOAD)
     for system, pool in sorted(by_system.items(), key=lambda item: SYSTEMS.index(item[0])):
         pairs = [pair for run in pool.runs for pair in zip(run.latencies_s, run.is_urgent, strict=True)]
-        for latencies, style in (
-            (sorted(latency for latency, is_urgent in pairs if not is_urgent), "-"),
-            (sorted(latency for latency, is_urgent in pairs if is_urgent), ":"),
+        for latencies, style, label in (
+            (sorted(latency for latency, is_urgent in pairs if not is_urgent), "-", _LABELS[system]),
+            (sorted(latency for latency, is_urgent in pairs if is_urgent), ":", None),
         ):
             shares = [(number + 1) / len(latencies) for number in range(len(latencies))]
-            axes.plot(latencies, shares, style, color=_COLOURS[system], drawstyle="steps-post")
+            axes.plot(latencies, shares, style, label=label, color=_COLOURS[system], drawstyle="steps-post")
     dots = _dots(results, scenario)
     axes.set(xlabel=f"latency at {ACCEPTED_LOAD:.0%} load, s{dots}", ylabel="share of requests", xscale="log")
     _label(axes.xaxis)
