@@ -18,7 +18,7 @@ from t2v_core.shapes import LatentShape
 Priority = Literal["urgent", "normal", "low"]
 
 PATIENCE_S: dict[Priority, float] = {"urgent": 0.0, "normal": 120.0, "low": 600.0}
-STRETCH = 2.0  # how many times its own length alone a request may take: long ones yield to short ones
+STRETCH = 3.0  # how many times its own length alone a request may take: long ones yield to short ones
 
 
 class Group(NamedTuple):

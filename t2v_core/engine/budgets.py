@@ -12,8 +12,8 @@ _MEMORY_SHARE = 0.9
 _NO_POOL = (0, 0)  # of memory that torch gives to all but graphs
 
 # These were found by simulation of Poisson arrivals with the step times of an H100 and an H200 (load_tests/planned.py).
-_LEAST_SHARE, _MOST_SHARE = 0.90, 0.99  # of the best throughput: while few wait, and while many do
-_MANY = 1.25  # times the rows of best throughput
+_LEAST_SHARE, _MOST_SHARE = 0.90, 0.97  # of the best throughput: while few wait, and while many do
+_MANY, _TOO_MANY = 1.25, 4.0  # times the rows of best throughput: from the latter on, nothing less than that will do
 _URGENT_SLOWDOWN = 1.7  # how much longer riders may make a step of urgent requests
 
 
@@ -70,8 +70,9 @@ class RowBudgets:
     def _usual(self, shape: LatentShape, demanded_rows: int) -> int:
         if self._profile is None:
             return self._unmeasured_rows
-        crowd = min(1.0, demanded_rows / (_MANY * self._profile.rows_for(shape)))
-        rows = self._profile.rows_for(shape, _LEAST_SHARE + (_MOST_SHARE - _LEAST_SHARE) * crowd)
+        best = self._profile.rows_for(shape)
+        share = _LEAST_SHARE + (_MOST_SHARE - _LEAST_SHARE) * min(1.0, demanded_rows / (_MANY * best))
+        rows = best if demanded_rows >= _TOO_MANY * best else self._profile.rows_for(shape, share)
         fitting = None if self._free_bytes is None else self._profile.rows_that_fit(shape, self._free_bytes)
         return rows if fitting is None else min(rows, fitting)
 

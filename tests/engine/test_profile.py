@@ -44,8 +44,11 @@ def test_a_step_time_lies_between_the_measured_ones():
 
 
 def test_the_more_wait_the_more_throughput_is_asked_for():
-    group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
-    assert [budgets.rows(group, Demand(rows)) for rows in (2, 32, 34, 200)] == [16, 16, 32, 32]
+    rates = {2: 90.0, 4: 94.0, 8: 97.0, 16: 100.0}  # rows a second
+    measurements = (Measurement(shape=SHAPE, rows=n, step_s=n / rate, memory_bytes=n) for n, rate in rates.items())
+    budgets = RowBudgets(Profile(device="", dtype="", measurements=tuple(measurements)))
+    waiting = (0, 1, 11, 12, 20, 63, 64, 200)
+    assert [budgets.rows(Group(SHAPE, 77), Demand(rows)) for rows in waiting] == [2, 4, 4, 8, 8, 8, 16, 16]
 
 
 def test_riders_must_not_slow_an_urgent_request_much():
