@@ -45,7 +45,6 @@ _MODES: Mapping[str, Mapping[str, Any]] = {  # of the denoiser
     "one": {"max_ongoing": 1, "urgent_reserve": 0},  # one video at a time, in as little memory as may be
 }
 _ENGINE_JOBS = 120
-_OVERHEAD_S = 45.0  # of the engine's benchmark, after its runs
 _VIDEOS = 16  # of a service, for each GPU
 _MOST_PROCESSES = 12
 _LAST_LINES = 60
@@ -93,7 +92,7 @@ def _network(programs: Programs, arguments: argparse.Namespace) -> None:
 def _engine(programs: Programs, arguments: argparse.Namespace) -> None:
     command = _LOAD_TESTS / "bench_engine.py", programs.out / "engine.json"
     runs = "--loads", 0.8, 2, 0.95, 0.5, "--num-jobs", _ENGINE_JOBS, "--overhead"
-    programs.run("engine", *command, *runs, "--stop-after-s", programs.left_s() - _OVERHEAD_S)
+    programs.run("engine", *command, *runs, "--stop-after-s", programs.left_s())
 
 
 def _service(programs: Programs, arguments: argparse.Namespace) -> None:
