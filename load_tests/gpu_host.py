@@ -7,6 +7,7 @@ r"""All that is measured on a machine with GPUs, one part after the other: what 
 Parts:
 
     tests      tests/gpu, in several processes
+    tune       tune_*.py: kernels in other tiles, and some that may replace them
     kernels    bench_kernels.py: where the time of our networks goes, beside what the card could do
     network    bench_gpu.py: ours beside diffusers (pip install diffusers)
     engine     bench_engine.py: the engine beside other ways to batch, at 80, 95 and 50 % of capacity, and saturated
@@ -47,7 +48,7 @@ _MODES: Mapping[str, Mapping[str, Any]] = {  # of the denoiser
 _ENGINE_JOBS = 120
 _VIDEOS = 16  # of a service, for each GPU
 _MOST_PROCESSES = 12
-_LAST_LINES = 60
+_LAST_LINES = 150
 
 
 def main() -> None:
@@ -69,6 +70,11 @@ def main() -> None:
 def _tests(programs: Programs, arguments: argparse.Namespace) -> None:
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
     programs.run("tests", "-m", "pytest", "tests/gpu", "-q", "-n", processes)
+
+
+def _tune(programs: Programs, arguments: argparse.Namespace) -> None:
+    for script in sorted(_LOAD_TESTS.glob("tune_*.py")):
+        programs.run("tune", script)
 
 
 def _kernels(programs: Programs, arguments: argparse.Namespace) -> None:
@@ -150,6 +156,7 @@ def _config_file(checkpoint: Path, mode: str, num_gpus: int) -> Iterator[tuple[P
 
 _PARTS: Mapping[str, Callable[[Programs, argparse.Namespace], None]] = {
     "tests": _tests,
+    "tune": _tune,
     "kernels": _kernels,
     "network": _network,
     "engine": _engine,
