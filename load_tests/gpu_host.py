@@ -168,7 +168,7 @@ _PARTS: Mapping[str, Callable[[Programs, argparse.Namespace], None]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="the folder of the results")
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=[part for part in _PARTS if part != "tune"])
     parser.add_argument("--cases", nargs="+", choices=CASE_NAMES, default=list(CASE_NAMES), help="of network")
     parser.add_argument("--modes", nargs="+", choices=_MODES, default=list(_MODES), help="of service")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "build/random", help="written if it is not there")
