@@ -63,6 +63,7 @@ class Scaling(Placement):
 
     `max_ongoing` requests share a replica: with more waiting, Serve starts another, as far as `max_replicas`.
     `num_threads`: of torch; by default as many as `num_cpus`, 0 for all cores of the machine.
+    `dtype`: fp16 on a GPU and fp32 on a CPU by default; a CPU that is slower in half precision takes fp32 all the same.
     """
 
     min_replicas: int = Field(default=1, ge=0)
