@@ -20,7 +20,6 @@ from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from t2v_core import stages
 from t2v_core.autoencoder import Autoencoder
-from t2v_core.config import GenerationDefaults
 from t2v_core.graphs import replay_decoder
 from t2v_core.media import VideoFormat
 from t2v_core.params import GenerationParams
@@ -46,7 +45,7 @@ class Decoder:
         self._network = replay_decoder(load_autoencoder(weights, self._device, dtype))
         on_gpu = self._device.type == "cuda"
         if on_gpu:
-            self._rehearse(weights.config.defaults)
+            self._rehearse(weights.config.defaults.shape)
         self._health = Health("decoder", config.stuck_after_s if on_gpu else None)  # a CPU may take that long
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")  # one fills the device
         self._encoding = ThreadPoolExecutor(config.encoding_threads, thread_name_prefix="encode")
@@ -89,10 +88,9 @@ class Decoder:
         tell_memory(self._metrics, gpu_memory(self._device))
         self._health.check()
 
-    def _rehearse(self, defaults: GenerationDefaults) -> None:
+    def _rehearse(self, shape: VideoShape) -> None:
         """A video of the model's own size there and back: no request waits for what that compiles and captures."""
-        shape = VideoShape(defaults.num_frames, defaults.height, defaults.width).latents()
-        frames = stages.decode_frames(self._network, torch.zeros(shape))
+        frames = stages.decode_frames(self._network, torch.zeros(shape.latents()))
         stages.encode_frames(self._network, frames)
         torch.cuda.empty_cache()  # for the others on this GPU
 

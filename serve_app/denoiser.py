@@ -204,9 +204,8 @@ class Denoiser:
             known = None
         if self._device.type == "cpu":
             return known
-        defaults = weights.config.defaults
-        sizes = [(defaults.num_frames, defaults.height, defaults.width), *self._config.warm_up]
-        shapes = [VideoShape(*size).latents() for size in dict.fromkeys(sizes)]
+        sizes = [weights.config.defaults.shape, *(VideoShape(*size) for size in self._config.warm_up)]
+        shapes = [size.latents() for size in dict.fromkeys(sizes)]
         began = time.monotonic()
         most_rows = _ROWS_A_VIDEO * (self._config.max_ongoing + self._config.urgent_reserve)
         profile = known or measure(unet, shapes, rows=[number for number in ROWS if number <= most_rows])
@@ -235,9 +234,7 @@ class Denoiser:
     def _measured_limit(self, unet: NoisePredictor, weights: Weights, profile: Profile | None) -> SizeLimit | None:
         """By the profile or, where that tells nothing of memory, by one step of the model's own size."""
         if profile is None or profile.bytes_per_latent is None:
-            defaults = weights.config.defaults
-            shape = VideoShape(defaults.num_frames, defaults.height, defaults.width).latents()
-            profile = measure(unet, [shape], rows=(2,), repeats=0)
+            profile = measure(unet, [weights.config.defaults.shape.latents()], rows=(2,), repeats=0)
         limit = measured(profile, free_bytes(self._device))
         logger.info("size limit: %s", limit)
         return limit

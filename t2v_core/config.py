@@ -6,6 +6,8 @@ The default values are those of ModelScope's 1.7 B model.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from t2v_core.shapes import VideoShape
+
 DType = Literal["fp32", "bf16", "fp16"]
 # Of the UNet's products: as they are, or those after a norm by numbers of 8 bits (see `kernels.fp8`), not quite exact.
 Precision = Literal["exact", "fp8"]
@@ -73,6 +75,11 @@ class GenerationDefaults:
     guidance_scale: float = 9.0
     sampler: SamplerName = "dpmpp_2m"
     strength: float = 0.6
+
+    @property
+    def shape(self) -> VideoShape:
+        """Of the video."""
+        return VideoShape(self.num_frames, self.height, self.width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ import httpx2
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
-from running import config, free_port, ray_started, running, wait_for
+from running import config, ray_started, running, wait_for
 
 from cluster.monitoring import RAYS_OWN
+from cluster.ray_nodes import free_port
 from cluster.render import KUBERAY
 from t2v_core.video_input import read_video
 

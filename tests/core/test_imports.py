@@ -16,7 +16,7 @@ CLUSTER = ROOT.parent / "cluster"
 ALLOWED = {
     "errors": set(),
     "shapes": set(),
-    "config": set(),
+    "config": {"shapes"},
     "schedule": {"config"},
     "transfers": set(),
     "kernels": set(),

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 from ray import serve
 from ray.serve.schema import TracingConfig
 
+from cluster.ray_nodes import free_port
 from serve_app.app import build
 from serve_app.calls import DenoiserStatus
 from serve_app.config import AppConfig
@@ -159,12 +159,6 @@ def running(config: AppConfig, tracing: TracingConfig | None = None, **logging_c
             yield Running(f"http://127.0.0.1:{port}", config, client)
     finally:
         serve.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

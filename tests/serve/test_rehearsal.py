@@ -6,9 +6,9 @@ import torch
 
 from serve_app.decoder import Decoder
 from serve_app.denoiser import Denoiser
-from t2v_core.config import GenerationDefaults
 from t2v_core.engine import Engine, FewFrames, RowBudgets
 from t2v_core.schedule import Schedule
+from t2v_core.shapes import VideoShape
 from t2v_core.weights import open_checkpoint
 
 
@@ -36,6 +36,5 @@ def test_a_decoders_rehearsal_makes_a_video_of_the_models_own_size(tiny_pipeline
     encode, decode = autoencoder.encode, autoencoder.decode_frames
     monkeypatch.setattr(autoencoder, "encode", lambda frames: sizes.append(tuple(frames.shape)) or encode(frames))
     monkeypatch.setattr(autoencoder, "decode_frames", lambda z: sizes.append(tuple(z.shape)) or decode(z))
-    defaults = GenerationDefaults(num_frames=3, height=24, width=32)
-    Decoder._rehearse(SimpleNamespace(_network=autoencoder), defaults)
+    Decoder._rehearse(SimpleNamespace(_network=autoencoder), VideoShape(num_frames=3, height=24, width=32))
     assert sizes == [(3, 4, 3, 4), (1, 3, 3, 24, 32)]

@@ -14,7 +14,9 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
-from running import Running, config, free_port, kill_tree, ray_started, running, wait_for
+from running import Running, config, kill_tree, ray_started, running, wait_for
+
+from cluster.ray_nodes import free_port
 
 pytestmark = pytest.mark.service
 

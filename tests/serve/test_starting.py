@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from running import free_port, kill_tree
+from running import kill_tree
 
+from cluster.ray_nodes import free_port
 from serve_app.config import AppConfig
 from serve_app.starting import check_fits
 from t2v_core.errors import InvalidRequest

@@ -11,8 +11,9 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from running import PROMPT, Running, config, free_port, ray_started, running, wait_for
+from running import PROMPT, Running, config, ray_started, running, wait_for
 
+from cluster.ray_nodes import free_port
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.memory import GpuMemory, tell_memory
 from serve_app.metrics import METRICS, Metrics
