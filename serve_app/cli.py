@@ -3,6 +3,8 @@
 Torch and Ray are imported only by the commands that need them.
 """
 
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -158,7 +160,8 @@ def _serve(
     except KeyboardInterrupt:
         pass
     finally:
-        with console.status("Stopping"):
+        # Ray prints there that the controller ended while it was asked to end.
+        with console.status("Stopping"), contextlib.redirect_stdout(io.StringIO()):
             serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
 
