@@ -41,7 +41,7 @@ test-slow: $(VENV)/.installed-test
 
 # Kills parts of a running service at random, for about 15 minutes. KILLS=50 SEED=3 choose others.
 chaos: $(VENV)/.installed-test
-	$(BIN)/python tests/serve/chaos.py --kills $(KILLS) --seed $(SEED)
+	PYTHONPATH=. $(BIN)/python tests/serve/chaos.py --kills $(KILLS) --seed $(SEED)
 
 # Takes nodes away from a cluster of four on this machine at random, for about 6 minutes. LOSSES=50 SEED=3 choose others.
 chaos-cluster: $(VENV)/.installed-test
