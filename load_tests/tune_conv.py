@@ -9,15 +9,9 @@ tiles that several have worked at are added up by a second kernel. For sizes of 
 16 frames of 256x256: microseconds and TFLOP/s of the library, of our kernel as it is, and of each choice.
 """
 
-import argparse
 import itertools
 import math
-import multiprocessing
-import os
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +20,7 @@ import triton
 import triton.language as tl
 from bench_kernels import Timer
 from torch import Tensor
+from trials import any_device, check, compare, compile_at_once, only_checked
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import plain, triton_conv
@@ -34,7 +29,6 @@ from t2v_core.kernels.triton_geglu import num_processors
 _BLOCK_M, _BLOCK_K = 128, 64
 _ADDED_COLUMNS = 32  # of a program that adds up
 _FRAMES = 16
-_MOST_PROCESSES = 12
 
 
 class Size(NamedTuple):
@@ -77,29 +71,17 @@ _CHOICES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only that small ones are right, on any device")
-    if parser.parse_args().check:
+    if only_checked(__doc__):
         _check()
         return
-    with ProcessPoolExecutor(
-        min(_MOST_PROCESSES, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        list(pool.map(_compile, *zip(*itertools.product((True, False), _CHOICES), strict=True)))
     timer = Timer(torch.device("cuda"))
+    compile_at_once(_compile, itertools.product((True, False), _CHOICES))
     for size, num_rows in itertools.product(_SIZES, (2, 16)):
         x, weight = _inputs(size, num_rows, _FRAMES, "cuda")
         flop = 2 * x.numel() * len(weight) * math.prod(weight.shape[2:])
-        reference = _library(x, weight)
-        ways = [("library", _library), ("as it is", triton_conv._conv)]
-        ways += [(str(tuple(choice)), partial(_conv_shared, choice=choice)) for choice in _CHOICES]
-        sys.stdout.write(f"\n{size}, {num_rows} rows\n")
-        for name, way in ways:
-            with suppress(triton.runtime.errors.OutOfResources):
-                error = ((way(x, weight) - reference).norm() / reference.norm()).item()
-                us = timer.us(partial(way, x, weight))
-                sys.stdout.write(f"{us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {error:.1e}\n")
-        sys.stdout.flush()
+        known = {"library": partial(_library, x, weight), "as it is": partial(triton_conv._conv, x, weight, x.dtype)}
+        tried = {str(tuple(choice)): partial(_conv_shared, x, weight, choice) for choice in _CHOICES}
+        compare(f"{size}, {num_rows} rows", timer, known, tried, flop)
 
 
 def _library(x: Tensor, weight: Tensor) -> Tensor:
@@ -124,21 +106,17 @@ def _inputs(size: Size, num_rows: int, num_frames: int, device: str) -> tuple[Te
 def _compile(over_time: bool, choice: Choice) -> None:
     """For Triton's cache on disk, where other channels find it as well."""
     for side in {size.side for size in _SIZES if size.over_time == over_time}:
-        with suppress(triton.runtime.errors.OutOfResources):
-            _conv_shared(*_inputs(Size(side, 320, 320, over_time), 2, _FRAMES, "cuda"), choice)
+        _conv_shared(*_inputs(Size(side, 320, 320, over_time), 2, _FRAMES, "cuda"), choice)
 
 
 def _check() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for size, choice, processors in itertools.product(
         (Size(4, 128, 136, True), Size(5, 64, 264, False)), _CHOICES, (1, 3, 7, 40)
     ):
-        x, weight = _inputs(size, 2, 5, device)
+        x, weight = _inputs(size, 2, 5, any_device())
         exact = _library(x.double(), weight.double())
         found = _conv_shared(x, weight, choice, processors)
-        error = ((found - exact).norm() / exact.norm()).item()
-        sys.stdout.write(f"{size}, {choice}, {processors} processors: {error:.1e}\n")
-        assert error < 1e-3
+        check(f"{size}, {choice}, {processors} processors", found, exact, 1e-3)
 
 
 def _conv_shared(x: Tensor, weight: Tensor, choice: Choice, processors: int | None = None) -> Tensor:

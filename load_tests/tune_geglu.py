@@ -3,21 +3,17 @@ r"""GEGLU's product in other tiles, and by programs that stay: what to set in `t
     python load_tests/tune_geglu.py
 
 For each width of the released UNet, with 2 and 16 rows of 16 frames of 256x256: microseconds and TFLOP/s of each
-choice, the quickest first, and the largest difference of their results from those of today's.
+choice, the quickest first, and how far their results are from those of today's.
 """
 
-import contextlib
 import itertools
-import multiprocessing
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
 import triton
 from bench_kernels import Timer
 from torch import Tensor, nn
+from trials import compare, compile_at_once
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import triton_geglu
@@ -32,35 +28,24 @@ _CHOICES = (
 )
 _WIDTHS = ((320, 1024), (640, 256), (1280, 64))  # channels, pixels of a frame
 _FRAMES = 16
-_MOST_PROCESSES = 12
 
 _Tile = tuple[int, int, int]
 
 
 def main() -> None:
     timer = Timer(_GPU)
-    with ProcessPoolExecutor(
-        min(_MOST_PROCESSES, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        list(pool.map(_compile, *zip(*_CHOICES, strict=True)))
+    compile_at_once(_compile, _CHOICES)
     for (width, pixels), num_rows in itertools.product(_WIDTHS, (2, 16)):
         torch.manual_seed(0)
         x, proj = _inputs(num_rows * _FRAMES * pixels, width)
-        flop = 2 * x.numel() * len(proj.weight)
-        reference = triton_geglu.geglu(x, proj)
-        found = [(timer.us(partial(triton_geglu.geglu, x, proj)), "today's", 0.0)]
-        for tile, stages, group, programs in _CHOICES:
-            call = partial(_geglu, x, proj, tile, stages, group, programs)
-            name = f"{tile}, {stages} stages, groups of {group}, {programs or 'no'} programs that stay"
-            try:
-                difference = (call() - reference).abs().max().item()
-                found.append((timer.us(call), name, difference))
-            except triton.runtime.errors.OutOfResources:
-                continue
-        sys.stdout.write(f"\n{width} channels, {num_rows} rows\n")
-        for us, name, difference in sorted(found)[:8] + found[:1]:
-            sys.stdout.write(f"{us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {difference:.1e}\n")
-        sys.stdout.flush()
+        tried = {
+            f"{tile}, {stages} stages, groups of {group}, {programs or 'no'} programs that stay": partial(
+                _geglu, x, proj, tile, stages, group, programs
+            )
+            for tile, stages, group, programs in _CHOICES
+        }
+        known = {"today's": partial(triton_geglu.geglu, x, proj)}
+        compare(f"{width} channels, {num_rows} rows", timer, known, tried, flop=2 * x.numel() * len(proj.weight))
 
 
 def _inputs(rows: int, width: int) -> tuple[Tensor, nn.Linear]:
@@ -70,8 +55,7 @@ def _inputs(rows: int, width: int) -> tuple[Tensor, nn.Linear]:
 
 def _compile(tile: _Tile, stages: int, group: int, programs: int) -> None:
     """For Triton's cache on disk, where the other widths find it as well."""
-    with contextlib.suppress(triton.runtime.errors.OutOfResources):
-        _geglu(*_inputs(1024, _WIDTHS[0][0]), tile, stages, group, programs)
+    _geglu(*_inputs(1024, _WIDTHS[0][0]), tile, stages, group, programs)
 
 
 def _geglu(x: Tensor, proj: nn.Linear, tile: _Tile, stages: int, group: int, programs: int) -> Tensor:

@@ -7,9 +7,6 @@ Where all of a row's 320 channels fit into a program, the product need not go th
 frames of 256x256: microseconds of the two kernels as they are, and of each choice.
 """
 
-import argparse
-import sys
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +16,7 @@ import triton
 import triton.language as tl
 from bench_kernels import Timer
 from torch import Tensor, nn
+from trials import any_device, check, compare, only_checked
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import plain, triton_rows
@@ -49,22 +47,14 @@ class Inputs(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only that it is right, on any device")
-    if parser.parse_args().check:
+    if only_checked(__doc__):
         _check()
         return
     timer = Timer(torch.device("cuda"))
     for num_rows in (2, 16):
         given = _inputs(num_rows * _FRAMES * _PIXELS, "cuda")
-        reference = _as_it_is(given)
-        sys.stdout.write(f"\n{num_rows} rows\n{timer.us(partial(_as_it_is, given)):8.1f} us  as it is\n")
-        for choice in _CHOICES:
-            with suppress(triton.runtime.errors.OutOfResources):
-                error = _error(_fused(given, choice), reference)
-                us = timer.us(partial(_fused, given, choice))
-                sys.stdout.write(f"{us:8.1f} us  {tuple(choice)}  {error:.1e}\n")
-        sys.stdout.flush()
+        tried = {str(tuple(choice)): partial(_fused, given, choice) for choice in _CHOICES}
+        compare(f"{num_rows} rows", timer, {"as it is": partial(_as_it_is, given)}, tried)
 
 
 def _inputs(rows: int, device: str) -> Inputs:
@@ -77,19 +67,14 @@ def _inputs(rows: int, device: str) -> Inputs:
 
 
 def _check() -> None:
-    given = _inputs(300, "cuda" if torch.cuda.is_available() else "cpu")
-    x, attended, linear, norm = given.x.double(), given.attended.double(), given.linear.double(), given.norm.double()
-    exact = plain.add_layer_norm(x, F.linear(attended, linear.weight), linear.bias, norm)
-    given = _inputs(300, given.x.device.type)
+    given = _inputs(300, any_device())
+    exact = _as_exact(*(part.double() for part in _inputs(300, any_device())))
     for choice in _CHOICES:
-        error = _error(_fused(given, choice), exact)
-        sys.stdout.write(f"{tuple(choice)}: {error:.1e}\n")
-        assert error < 1e-3
+        check(str(tuple(choice)), _fused(given, choice), exact, 1e-3)
 
 
-def _error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
-    """The larger one of both."""
-    return max(((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True))
+def _as_exact(x: Tensor, attended: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return plain.add_layer_norm(x, F.linear(attended, linear.weight), linear.bias, norm)
 
 
 def _as_it_is(given: Inputs) -> tuple[Tensor, Tensor]:

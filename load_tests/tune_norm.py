@@ -8,9 +8,7 @@ normalised, then from the cache. For norms over the frames of the released UNet,
 256x256, after an addition and without one: microseconds of the kernels as they are, and of each choice.
 """
 
-import argparse
 import itertools
-import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +17,7 @@ import triton
 import triton.language as tl
 from bench_kernels import Timer
 from torch import Tensor, nn
+from trials import any_device, check, compare, only_checked
 
 from t2v_core.kernels import plain, triton_group_norm
 from t2v_core.kernels.triton_group_norm import _load
@@ -38,22 +37,16 @@ _CHOICES = (Choice(8192, 8), Choice(8192, 16), Choice(16384, 8), Choice(16384, 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only that small ones are right, on any device")
-    if parser.parse_args().check:
+    if only_checked(__doc__):
         _check()
         return
     timer = Timer(torch.device("cuda"))
     for (side, channels), num_rows, has_delta in itertools.product(_SIZES, (2, 16), (False, True)):
         x, delta, norm = _inputs((num_rows, _FRAMES, side, side, channels), torch.float16, "cuda")
-        ways = [("as it is", partial(_as_it_is, x, delta if has_delta else None, norm))]
-        ways += [(str(tuple(c)), partial(_in_parts, x, delta if has_delta else None, norm, c)) for c in _CHOICES]
-        reference = ways[0][1]().float()
-        sys.stdout.write(f"\n{side}x{side}, {channels} channels, {num_rows} rows{', added' if has_delta else ''}\n")
-        for name, way in ways:
-            error = ((way().float() - reference).norm() / reference.norm()).item()
-            sys.stdout.write(f"{timer.us(way):8.1f} us  {name}  {error:.1e}\n")
-        sys.stdout.flush()
+        given = x, delta if has_delta else None, norm
+        tried = {str(tuple(choice)): partial(_in_parts, *given, choice) for choice in _CHOICES}
+        title = f"{side}x{side}, {channels} channels, {num_rows} rows{', added' if has_delta else ''}"
+        compare(title, timer, {"as it is": partial(_as_it_is, *given)}, tried)
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, nn.GroupNorm]:
@@ -66,14 +59,11 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Te
 
 
 def _check() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, delta, norm = _inputs((2, 3, 7, 9, 1280), torch.float32, device)
+    x, delta, norm = _inputs((2, 3, 7, 9, 1280), torch.float32, any_device())
     for choice, has_delta in itertools.product((Choice(2048, 4), Choice(16384, 8)), (False, True)):
         found = _in_parts(x, delta if has_delta else None, norm, choice)
         exact = plain.group_norm(x + delta if has_delta else x, norm, over_frames=True, silu=True)
-        error = ((found - exact).norm() / exact.norm()).item()
-        sys.stdout.write(f"{choice}, {has_delta}: {error:.1e}\n")
-        assert error < 1e-5
+        check(f"{choice}, {has_delta}", found, exact, 1e-5)
 
 
 def _as_it_is(x: Tensor, delta: Tensor | None, norm: nn.GroupNorm) -> Tensor:
