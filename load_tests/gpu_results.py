@@ -11,14 +11,6 @@ SYSTEMS = UNetStep.systems
 CASE_NAMES = tuple(case.name for case in CASES)
 
 _OURS = "t2v+graphs"  # as it is served
-_TITLES = {
-    "1": "step of 1 video,\n16 x 256 x 256",
-    "8": "step of 8 videos,\n16 x 256 x 256",
-    "576": "step of 1 video,\n24 x 320 x 576",
-    "1024": "step of 1 video,\n24 x 576 x 1024",
-    "decode256": "decode,\n16 x 256 x 256",
-    "decode1024": "decode,\n24 x 576 x 1024",
-}
 _COLOURS = dict(zip(SYSTEMS, ("#9e9e9e", "#c58b4a", "#4a7fb5", "#c0392b", "#7d3c98"), strict=True))
 
 
@@ -125,12 +117,18 @@ def _draw_case(axes: Any, name: str, records: Sequence[Record]) -> None:
         assert record.figures is not None
         bars = axes.bar(record.system, record.figures.video_ms, color=_COLOURS[record.system])
         axes.bar_label(bars, fmt="%.3g")
-    axes.set_title(_TITLES[name], fontsize="medium")
+    axes.set_title(_title(name), fontsize="medium")
     for label in axes.get_xticklabels():
         label.set(rotation=40, horizontalalignment="right", rotation_mode="anchor")
     axes.margins(y=0.15)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _title(name: str) -> str:
+    case = next(case for case in CASES if case.name == name)
+    videos = "1 video" if case.num_videos == 1 else f"{case.num_videos} videos"
+    return f"{'decode' if case.is_decode else f'step of {videos}'},\n{' x '.join(map(str, case.shape))}"
 
 
 def _in_order(records: Sequence[Record]) -> list[Record]:

@@ -39,12 +39,11 @@ def draw(results: Results) -> Any:  # matplotlib's Figure, which is not imported
     num_rows = 2 if has_loads else 1
     figure = Figure(figsize=(4.6 * len(scenarios), 3.9 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, len(scenarios), squeeze=False)
-    for scenario, distribution in zip(scenarios, axes[-1], strict=True):
-        _draw_distribution(distribution, results, scenario)
-    for scenario, over_load in zip(scenarios, axes[0] if has_loads else (), strict=False):
-        _draw_over_load(over_load, results, scenario)
-    for scenario, top in zip(scenarios, axes[0], strict=True):
-        top.set_title(scenario)
+    for scenario, column in zip(scenarios, axes.T, strict=True):
+        column[0].set_title(scenario)
+        _draw_distribution(column[-1], results, scenario)
+        if has_loads:
+            _draw_over_load(column[0], results, scenario)
     handles, labels = axes[-1][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     setup = results.setup
