@@ -4,6 +4,7 @@ For Hopper GPUs, whose copy engine fetches the rows of both halves of the weight
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,12 +14,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels.fp8 import scale_of
 
-# Of long products, a program stays on its processor and loads the next tile while it gates the last; of short ones,
-# three smaller programs share a processor, so that one gates while the others multiply.
 _BLOCK_M = 128
 _BLOCK_K_BYTES = 128  # a row of the copy engine's boxes
-_SHORT = 512
 _H100_PROCESSORS = 132
+_SHORT_WIDTH = 512
+
+
+class _Tiling(NamedTuple):
+    """How a product is cut up. `group_m`: tiles below each other that are computed before those beside them."""
+
+    block_n: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+# Three programs share a processor, so that one gates while the others multiply.
+_SHORT = _Tiling(block_n=64, group_m=8, num_warps=4, num_stages=2, maxnreg=168)
+# A program stays on its processor, and loads the next tile while it gates the last.
+_LONG = _Tiling(block_n=128, group_m=16, num_warps=8, num_stages=3, maxnreg=None)
 
 
 def fits(x: Tensor, proj: nn.Linear) -> bool:
@@ -30,10 +45,11 @@ def fits(x: Tensor, proj: nn.Linear) -> bool:
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """See `plain.geglu`."""
     width, inner = x.shape[-1], proj.out_features // 2
-    is_short = width <= _SHORT
     if out is None:
         out = x.new_empty(*x.shape[:-1], inner, dtype=proj.bias.dtype)
-    block_n, block_k = 64 if is_short else 128, _BLOCK_K_BYTES // x.element_size()
+    is_short = width <= _SHORT_WIDTH
+    tiling = _SHORT if is_short else _LONG
+    block_n, block_k = tiling.block_n, _BLOCK_K_BYTES // x.element_size()
     x_rows, out_rows = x.flatten(0, -2), out.flatten(0, -2)
     tiles = triton.cdiv(len(x_rows), _BLOCK_M) * triton.cdiv(inner, block_n)
     kernel, programs = (_geglu, tiles) if is_short else (_geglu_that_stays, min(tiles, num_processors(x.device)))
@@ -42,9 +58,8 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
         TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, block_n, block_k]),
         TensorDescriptor.from_tensor(out_rows, [_BLOCK_M, block_n]),
         proj.bias, len(x_rows), inner, width,
-        SCALE=scale_of(proj.weight), BLOCK_M=_BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8 if is_short else 16,
-        num_warps=4 if is_short else 8, num_stages=2 if is_short else 3, maxnreg=168 if is_short else None,
-        enable_fp_fusion=True,
+        SCALE=scale_of(proj.weight), BLOCK_M=_BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=tiling.group_m,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
