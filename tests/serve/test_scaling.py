@@ -89,4 +89,4 @@ def _served(file: Path):
             yield Running(f"http://127.0.0.1:{port}", config(file.parent), client), process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(150)  # replicas may take as long as the longest generation to end what they are at
+        process.wait(60)
