@@ -6,6 +6,7 @@ A prompt longer than the tower's 77 tokens is cut into pieces that are encoded a
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -56,8 +57,6 @@ class TextEncoder(nn.Module):
 
         super().__init__()
         self.config = config
-        # The causal mask is made in forward: as a buffer it would be lost when weights are assigned to a model
-        # built on the meta device.
         self.tower = TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocab_size,
@@ -71,10 +70,11 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (b, 77) -> (b, 77, d)."""
-        n = token_ids.shape[1]
-        x = self.tower.token_embedding(token_ids) + self.tower.positional_embedding[:n]
-        mask = torch.full((n, n), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        return self.tower.ln_final(self.tower.transformer(x, attn_mask=mask))
+        x = self.tower.token_embedding(token_ids) + self.tower.positional_embedding[: token_ids.shape[1]]
+        for block in self.tower.transformer.resblocks:
+            x = x + _attend(block.attn, block.ln_1(x))
+            x = x + block.mlp(block.ln_2(x))
+        return self.tower.ln_final(x)
 
     def encode(self, token_ids: Sequence[Tensor]) -> list[Tensor]:
         """The embeddings of several tokenised prompts, in one batch. Each (chunks, 77) -> (chunks * 77, d)."""
@@ -82,3 +82,15 @@ class TextEncoder(nn.Module):
         rows = self(torch.cat([ids.to(device) for ids in token_ids]))
         parts = rows.split([len(ids) for ids in token_ids])
         return [rearrange(part, "chunks n d -> (chunks n) d") for part in parts]
+
+
+def _attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """Each token to those up to it. (b, n, d), same shape out.
+
+    As the module does it, which lays tokens first: in half precision on a CPU, torch then copies the weight for each of
+    them, and two prompts take ten seconds.
+    """
+    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = rearrange(qkv, "b n (three heads c) -> three b heads n c", three=3, heads=attention.num_heads)
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attention.out_proj(rearrange(attended, "b heads n c -> b n (heads c)"))

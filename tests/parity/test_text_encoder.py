@@ -1,9 +1,12 @@
 """The text encoder gives what OpenCLIP's and transformers' towers give; its tokens are OpenCLIP's."""
 
+import copy
+
 import open_clip
 import pytest
 import torch
 from references import SMALL_TEXT_ENCODER, clip_text_model, random_network, relative_error
+from torch.profiler import ProfilerActivity, profile
 
 from t2v_core.config import ModelConfig
 from t2v_core.errors import InvalidRequest
@@ -72,6 +75,17 @@ def test_prompts_encoded_together_are_those_encoded_alone(text_encoder):
     prompts = [tokenizer(PROMPTS[0]), tokenizer("word " * 100), tokenizer("")]
     for together, ids in zip(text_encoder.encode(prompts), prompts, strict=True):
         torch.testing.assert_close(together, text_encoder.encode([ids])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_several_prompts_make_no_copies_of_the_weights(text_encoder):
+    """As torch's module does, one for each token: in half precision, two prompts took ten seconds."""
+    ids = Tokenizer(77)(PROMPTS[0]).repeat(2, 1)
+    half = copy.deepcopy(text_encoder).to(torch.bfloat16)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        half(ids)
+    operations = {event.name for event in profiled.events()}
+    assert "aten::addmm" in operations
+    assert "aten::bmm" not in operations
 
 
 def test_an_endless_prompt_is_refused_by_its_number_of_tokens():
