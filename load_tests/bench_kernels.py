@@ -36,7 +36,7 @@ from t2v_core.weights.random_init import TINY
 
 _CALLS, _REPLAYS = 20, 5  # of an operation in a graph, of that graph
 _SQUARE, _COPIED_VALUES = 8192, 2**29
-_NO_WORK = ("empty", "new_empty", "_unsafe_view")
+_NO_WORK = ("empty", "new_empty", "_unsafe_view", "fill_")  # what is filled is a state of the graphs that time
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -209,7 +209,7 @@ def _attention_us(backend: SDPBackend, tensors: tuple[Tensor, Tensor, Tensor], t
 
 def _flop_of_kernel(name: str, tensors: list[Tensor]) -> int:
     """Of those whose time is a product's: their rows by what is left of the weight."""
-    if name not in ("_geglu", "_conv_tile"):
+    if name not in ("_geglu", "_geglu_that_stays", "_in_turns", "_conv_tile"):
         return 0
     x, weight = tensors[:2]
     return 2 * (x.numel() // x.shape[-1]) * weight.numel()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from t2v_core.kernels import add_layer_norm, geglu, layer_norm, linear, temporal_attention
+from t2v_core.kernels import add_layer_norm, geglu, layer_norm, linear, spatial_attention, temporal_attention
 from t2v_core.kernels.fp8 import dtype_for, quantise, quantised
 from t2v_core.layers import Sum, summed_and_normed
 
@@ -68,12 +68,7 @@ class Attention(nn.Module):
 
     def over_pixels(self, x: Tensor) -> Tensor:
         """Each pixel of a frame to all of them. x: (b, f, h, w, c), same shape out."""
-        b, _, h, _, _ = x.shape
-        tokens = rearrange(
-            self._qkv(x), "b f h w (three heads c) -> three (b f) heads (h w) c", three=3, heads=self.heads
-        )
-        attended = F.scaled_dot_product_attention(*tokens)
-        return self._out(rearrange(attended, "(b f) heads (h w) c -> b f h w (heads c)", b=b, h=h))
+        return self._out(spatial_attention(self._qkv(x), self.heads))
 
     def over_frames(self, x: Tensor) -> Tensor:
         """Each frame of a pixel to all of them. x: (b, f, h, w, c), same shape out."""

@@ -15,6 +15,7 @@ from t2v_core.kernels.ops import (
     layer_norm,
     linear,
     sampler_update,
+    spatial_attention,
     temporal_attention,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "sampler_update",
+    "spatial_attention",
     "temporal_attention",
 ]

@@ -115,6 +115,11 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
 
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """As `plain.geglu`, with the gate applied before anything is written."""
+    if _is_hopper(x):
+        from t2v_core.kernels import gluon_geglu as faster
+
+        if faster.pays(x, proj):
+            return faster.geglu(x, proj, out)
     if not _has_copy_engine(x):
         return plain.geglu(x, proj, out)
     from t2v_core.kernels import triton_geglu as fast
@@ -143,6 +148,15 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     return fast.temporal_attention(qkv, heads) if fast.fits(qkv, heads) else plain.temporal_attention(qkv, heads)
 
 
+def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
+    """As `plain.spatial_attention`, by a kernel of our own where the library's is slower."""
+    if not _is_hopper(qkv):
+        return plain.spatial_attention(qkv, heads)
+    from t2v_core.kernels import gluon_attention as fast
+
+    return fast.spatial_attention(qkv, heads) if fast.pays(qkv, heads) else plain.spatial_attention(qkv, heads)
+
+
 def sampler_update(
     latents: Tensor, eps: Tensor, history: Tensor, noise: Tensor | None, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -160,6 +174,10 @@ def _runs_triton(x: Tensor) -> bool:
 
 def _has_copy_engine(x: Tensor) -> bool:
     return _runs_triton(x) and torch.cuda.get_device_capability(x.device) >= HOPPER
+
+
+def _is_hopper(x: Tensor) -> bool:
+    return _runs_triton(x) and torch.cuda.get_device_capability(x.device) == HOPPER
 
 
 @cache

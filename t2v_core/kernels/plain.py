@@ -141,6 +141,14 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     return rearrange(attended, "(b h w) heads f d -> b f h w (heads d)", b=b, h=h, w=w).contiguous()
 
 
+def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention between the pixels of each frame. Shapes as in `temporal_attention`."""
+    b, _, h, _, _ = qkv.shape
+    q, k, v = rearrange(qkv, "b f h w (three heads d) -> three (b f) heads (h w) d", three=3, heads=heads)
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(attended, "(b f) heads (h w) d -> b f h w (heads d)", b=b, h=h)
+
+
 def sampler_update(
     latents: Tensor, eps: Tensor, history: Tensor, noise: Tensor | None, rows: Tensor
 ) -> tuple[Tensor, Tensor]:

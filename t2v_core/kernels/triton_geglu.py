@@ -33,7 +33,7 @@ class _Tiling(NamedTuple):
 # Three programs share a processor, so that one gates while the others multiply.
 _SHORT = _Tiling(block_n=64, group_m=8, num_warps=4, num_stages=2, maxnreg=168)
 # A program stays on its processor, and loads the next tile while it gates the last.
-_LONG = _Tiling(block_n=128, group_m=16, num_warps=8, num_stages=3, maxnreg=None)
+_LONG = _Tiling(block_n=128, group_m=16, num_warps=8, num_stages=4, maxnreg=None)
 
 
 def fits(x: Tensor, proj: nn.Linear) -> bool:

@@ -26,7 +26,7 @@ jit = pytest.importorskip("triton.runtime.jit")
 SHARED_BYTES = 227 << 10  # of a processor, that one program can have
 MOST_STACK_BYTES = 32  # a thread; eight registers
 NORMS = {"_whole_groups", "_sums", "_scales", "_apply", "_normalise"}
-UNET = NORMS | {"_geglu", "_geglu_that_stays", "_attend", "_add", "_join_quarters"}
+UNET = NORMS | {"_geglu_that_stays", "_attend", "_add", "_join_quarters", "_conv_tile"}
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def compiled(monkeypatch):
         return kernel
 
     monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-    monkeypatch.setattr(ops, "_runs_triton", lambda x: x.dtype in ops._DTYPES)
-    monkeypatch.setattr(ops, "_has_copy_engine", lambda x: x.dtype in ops._DTYPES)
+    for name in ("_runs_triton", "_has_copy_engine", "_is_hopper"):
+        monkeypatch.setattr(ops, name, lambda x: x.dtype in ops._DTYPES)
     monkeypatch.setattr(ops, "_scalar", lambda value, device: torch.empty((), device=device))
     for module in (fp8, transformers):  # which look at the weights' values, and there are none
         monkeypatch.setattr(module, "quantised", lambda weight: weight.to(fp8.FP8))
@@ -90,7 +90,14 @@ def test_the_unet(compiled, in_fp8, tmp_path):
         text = unet.read_text(draw(2 * num_videos, 77, 1024))
         eps = unet(draw(num_videos, 4, 16, 32, 32), draw(num_videos, dtype=torch.float32), text, rows)
         assert eps.shape == (2 * num_videos, 4, 16, 32, 32)
-    check(compiled, UNET | {"_conv_tile"}, tmp_path)
+    check(compiled, UNET | {"_geglu" if in_fp8 else "_in_turns"}, tmp_path)
+
+
+def test_the_unet_of_large_frames(compiled, tmp_path):
+    unet = prepared(UNet3D, ModelConfig().unet)
+    rows = torch.arange(1, device="meta").repeat(2)
+    unet(draw(1, 4, 24, 40, 72), draw(1, dtype=torch.float32), unet.read_text(draw(2, 77, 1024)), rows)
+    check(compiled, UNET | {"_in_turns", "_attend_over_pixels"}, tmp_path)
 
 
 def test_the_decoder(compiled, tmp_path):

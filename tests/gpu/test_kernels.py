@@ -3,26 +3,17 @@
 On a GPU, or in Triton's interpreter where TRITON_INTERPRET=1 is set before anything is imported: then without one.
 """
 
-import os
-
 import pytest
 import torch
-from torch import Tensor, nn
+from kernel_checks import DEVICE, HALVES, IS_INTERPRETED, TOLERANCES, assert_close, draw, randomised
+from torch import nn
 
 from t2v_core.kernels import plain
 from t2v_core.kernels.fp8 import FP8, WEIGHT_SCALE, quantised, to_fp8
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
 pytestmark = pytest.mark.skipif(
     not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
 )
-# The interpreter takes bf16 for integers where it multiplies matrices.
-HALVES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
-# Half of the last digit is 2^-4; the interpreter rounds towards zero, and by a whole one.
-TOLERANCES[FP8] = 0.1 if IS_INTERPRETED else 0.03
 # Hopper adds products of fp8 with fewer bits than float32 has; the interpreter does not.
 FP8_SUM_TOLERANCE = TOLERANCES[torch.float16] if IS_INTERPRETED else 2e-3
 needs_hopper = pytest.mark.skipif(
@@ -37,22 +28,6 @@ def seeded():
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-
-
-def draw(*size: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
-    return torch.randn(size, dtype=dtype, device=DEVICE) + mean
-
-
-def randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, 0.5, 0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
-    return module.to(DEVICE, dtype)
-
-
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float | None = None) -> None:
-    assert actual.dtype == dtype
-    error = (actual.double() - expected).norm() / expected.norm()
-    assert error.item() <= (tolerance or TOLERANCES[dtype])
 
 
 @every_dtype

@@ -1,0 +1,39 @@
+"""What the kernels in Gluon share, which say themselves which warps of a Hopper processor do what.
+
+Gluon is Triton's language one level below: of what its compiler would arrange, it leaves layouts, copies and barriers
+to us. It may still change with Triton, whose versions 3.6 to 3.9 these kernels know.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+SHARED_BYTES = 224 << 10  # of a processor, less what barriers need
+
+# Between a box of a tensor and a processor's memory; the second names are those of Triton 3.6.
+fetch = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared
+put = tma.async_store if "async_store" in tma.__all__ else tma.async_copy_shared_to_global
+
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def is_half(*tensors: Tensor) -> bool:
+    """Whether all are of one type that the kernels are made for."""
+    return tensors[0].dtype in _DTYPES and all(tensor.dtype == tensors[0].dtype for tensor in tensors)
+
+
+def boxes(x: Tensor, *box: int) -> TensorDescriptor:
+    """For the copy engine: x by boxes of such a size, with zeros outside."""
+    return TensorDescriptor.from_tensor(x, list(box), gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[x.dtype]))
+
+
+@gluon.jit
+def barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many, each passed when so many have arrived."""
+    allocated = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(allocated.index(i), count=ARRIVALS)
+    return allocated

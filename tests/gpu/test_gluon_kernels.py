@@ -1,0 +1,80 @@
+"""Each kernel in Gluon gives what its plain PyTorch equivalent gives in float64, on random shapes and values.
+
+On a Hopper GPU: Gluon has no interpreter.
+"""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, HALVES, TOLERANCES, assert_close, draw, randomised
+from torch import nn
+
+from t2v_core.kernels import plain
+
+pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("processors", [1, 5, 132])
+@pytest.mark.parametrize(
+    ("rows", "width", "inner"), [(100, 64, 256), (129, 320, 512), (2000, 320, 1280), (3000, 512, 2048)]
+)
+def test_geglu(rows, width, inner, processors, dtype, monkeypatch):
+    from t2v_core.kernels import gluon_geglu as fast
+
+    monkeypatch.setattr(fast, "num_processors", lambda device: processors)
+    x, proj = draw(rows, width, dtype=dtype), randomised(nn.Linear(width, 2 * inner), dtype)
+    assert fast.fits(x, proj)
+    actual = fast.geglu(x, proj)
+    beside = torch.zeros(rows, inner + 8, dtype=dtype, device=DEVICE)
+    fast.geglu(x, proj, out=beside[:, 8:])
+    assert_close(actual, plain.geglu(x.double(), proj.double()), dtype)
+    assert torch.equal(beside[:, 8:], actual)
+    assert not beside[:, :8].any()
+
+
+def test_geglu_is_for_narrow_layers_with_rows_for_most_processors():
+    from t2v_core.kernels import gluon_geglu as fast
+
+    x, proj = torch.empty(8192, 320, dtype=torch.float16), nn.Linear(320, 2560, dtype=torch.float16)
+    assert fast.pays(x, proj)
+    assert not fast.pays(x[:4096], proj)
+    assert not fast.fits(x.float(), proj.float())
+    for width in (300, 640):  # not by whole boxes, and too wide
+        assert not fast.fits(torch.empty(8192, width, dtype=torch.float16), nn.Linear(width, 8 * width).half())
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "height", "width"), [(1, 3, 5), (2, 8, 16), (2, 20, 36), (5, 32, 32), (1, 40, 72), (1, 72, 128)]
+)
+def test_spatial_attention(heads, height, width, dtype):
+    from t2v_core.kernels import gluon_attention as fast
+
+    qkv = draw(2, 3, height, width, 3 * heads * 64, dtype=dtype)
+    qkv[..., : heads * 64] *= 3  # so that some weights are large
+    assert fast.fits(qkv, heads)
+    actual, exact = fast.spatial_attention(qkv, heads), plain.spatial_attention(qkv.double(), heads)
+    assert_close(actual, exact, dtype, 1.5 * TOLERANCES[dtype])
+
+
+def test_spatial_attention_is_for_many_pixels_and_heads_of_64_channels():
+    from t2v_core.kernels import gluon_attention as fast
+
+    qkv = torch.empty(1, 1, 40, 72, 3 * 128, dtype=torch.float16)
+    assert fast.pays(qkv, heads=2)
+    assert not fast.pays(qkv[:, :, :8], heads=2)
+    assert not fast.fits(qkv, heads=1)
+    assert not fast.fits(qkv.float(), heads=2)
