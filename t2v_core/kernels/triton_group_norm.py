@@ -1,8 +1,9 @@
 """GroupNorm and SiLU over channels-last frames, with what comes before it: an added offset, or a second input.
 
-A group of few values is normalised by one program, which reads it once. Else there are three kernels: sums of parts,
-the scale and shift of every channel, and one pass that applies them. The sums go from the end to the beginning: what
-was written last, and what is read next, is still in the cache.
+A group of few values is normalised by one program, which reads it once, and one of some more by a program that reads it
+twice, where there are no more groups than processors. Else there are three kernels: sums of parts, the scale and shift
+of every channel, and one pass that applies them. The sums go from the end to the beginning: what was written last, and
+what is read next, is still in the cache.
 """
 
 import math
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
 _WHOLE_GROUP_CHANNELS = 30  # fewer beside each other in memory are read too slowly by groups
+# Of a group that is read twice. On an H200, it takes 11 us instead of 17 for 2 rows of 16 frames of 8x8 and 1280
+# channels, 53 instead of 49 for 16 rows of them, and 23 instead of 17 where groups are twice as large.
+_TWICE_READ_VALUES, _PART_VALUES, _PART_WARPS = 65536, 16384, 16
+_TWICE_READ_GROUPS = 132
 _TILE_VALUES = 4096
 _NUM_WARPS = 4
 _PROGRAMS = 528  # four for each processor of an H100
@@ -82,6 +87,14 @@ def _group_norm(
             **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
             BLOCK_P=triton.next_power_of_2(positions),
             num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8, enable_fp_fusion=True,
+        )  # fmt: skip
+        return total, out
+    is_wide = group_channels >= _WHOLE_GROUP_CHANNELS
+    if is_wide and whole <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS:
+        _groups_in_parts[(samples, norm.num_groups)](
+            x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
+            **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
+            BLOCK_P=_PART_VALUES // block_g, num_warps=_PART_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         return total, out
 
@@ -165,6 +178,51 @@ def _whole_groups(
     if SILU:
         y = y * tl.sigmoid(y)
     tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _groups_in_parts(
+    x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
+    HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """As `_whole_groups`, of groups that a program cannot hold: what is read again is in the cache."""
+    sample, group = tl.program_id(0), tl.program_id(1)
+    in_group = tl.arange(0, BLOCK_G)[None, :]
+    column, is_channel = group * GROUP_CHANNELS + in_group, in_group < GROUP_CHANNELS
+    added = tl.zeros((1, BLOCK_G), tl.float32)
+    if HAS_OFFSET:
+        where = offset + (sample // offset_share) * offset_stride + column
+        added = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
+    total, squares = tl.zeros((BLOCK_P, BLOCK_G), tl.float32), tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    for start in range(0, positions, BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)[:, None]
+        mask = (position < positions) & is_channel
+        row = sample * positions + position
+        values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
+        values = tl.where(mask, values + added, 0.0)
+        if HAS_DELTA:
+            tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
+        total += values
+        squares += values * values
+    count = positions * GROUP_CHANNELS
+    mean = tl.sum(total) / count
+    rstd = tl.rsqrt(tl.maximum(tl.sum(squares) / count - mean * mean, 0.0) + eps)
+    scale = rstd * tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32) - mean * scale
+    if HAS_DELTA:  # each thread reads what it has written itself, and that holds the offset
+        source, shift_of_source = summed, shift
+    else:
+        source, shift_of_source = x, shift + added * scale
+    for start in range(0, positions, BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)[:, None]
+        mask = (position < positions) & is_channel
+        row = sample * positions + position
+        values = _load(source, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
+        y = values * scale + shift_of_source
+        if SILU:
+            y = y * tl.sigmoid(y)
+        tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -68,7 +68,13 @@ def test_group_norm(shape, groups, silu, over_frames, dtype):
 @pytest.mark.parametrize("over_frames", [False, True])
 @pytest.mark.parametrize(
     ("channels", "skip_channels", "groups", "side"),
-    [(40, 20, 4, 4), (64, 36, 4, 20), (640, 320, 32, 6), (128, 64, 4, 12)],  # where groups lie across the seam too
+    [
+        (40, 20, 4, 4),
+        (64, 36, 4, 20),
+        (640, 320, 32, 6),
+        (128, 64, 4, 12),
+        (128, 64, 4, 16),
+    ],  # where groups lie across the seam too
 )
 def test_group_norm_of_two_inputs_beside_each_other(channels, skip_channels, groups, side, over_frames, dtype):
     from t2v_core.kernels import triton_group_norm as fast
@@ -78,6 +84,26 @@ def test_group_norm_of_two_inputs_beside_each_other(channels, skip_channels, gro
     actual = fast.group_norm(x, norm, over_frames=over_frames, silu=True, skip=skip)
     exact = plain.group_norm(x.double(), norm.double(), over_frames=over_frames, silu=True, skip=skip.double())
     assert_close(actual, exact, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("over_frames", [False, True])
+def test_group_norm_of_groups_that_are_read_twice(over_frames, dtype, monkeypatch):
+    from t2v_core.kernels import triton_group_norm as fast
+
+    monkeypatch.setattr(fast, "_WHOLE_GROUP_VALUES", 0)
+    monkeypatch.setattr(fast, "_PART_VALUES", 1024)
+    x, other = draw(2, 3, 4, 5, 160, dtype=dtype, mean=1.0), draw(2, 3, 4, 5, 160, dtype=dtype)
+    offset, how = draw(2, 160, dtype=dtype), {"over_frames": over_frames, "silu": True}
+    norm, wide = randomised(nn.GroupNorm(4, 160), dtype), randomised(nn.GroupNorm(4, 320), dtype)
+    normed, beside = fast.group_norm(x, norm, **how, offset=offset), fast.group_norm(x, wide, **how, skip=other)
+    total, normed_total = fast.add_group_norm(x, other, offset[0], norm, **how)
+    x, other, offset, norm, wide = x.double(), other.double(), offset.double(), norm.double(), wide.double()
+    assert_close(normed, plain.group_norm(x, norm, **how, offset=offset), dtype)
+    assert_close(beside, plain.group_norm(x, wide, **how, skip=other), dtype)
+    exact_total, exact_normed = plain.add_group_norm(x, other, offset[0], norm, **how)
+    assert_close(total, exact_total, dtype)
+    assert_close(normed_total, exact_normed, dtype)
 
 
 @every_dtype
