@@ -46,7 +46,7 @@ def place(model: str, revision: str | None, config: Scaling, networks: Collectio
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies it slower than float32: without instructions for it, it takes ten times as long."""
+    """Whether this CPU multiplies it slower than float32, for which all have instructions."""
     return dtype != torch.float32 and _product_s(dtype) > _MUCH_SLOWER * _product_s(torch.float32)
 
 
