@@ -7,7 +7,7 @@ r"""All that is measured on a machine with GPUs, one part after the other: what 
 Parts:
 
     tests      tests/gpu, in several processes
-    tune       tune_geglu.py: GEGLU in other tiles
+    tune       tune_*.py: kernels in other tiles, and some that may replace them
     kernels    bench_kernels.py: where the time of our networks goes, beside what the card could do
     network    bench_gpu.py: ours beside diffusers (pip install diffusers)
     engine     bench_engine.py: the engine beside other ways to batch, at 80, 95 and 50 % of capacity, and saturated
@@ -73,7 +73,8 @@ def _tests(programs: Programs, arguments: argparse.Namespace) -> None:
 
 
 def _tune(programs: Programs, arguments: argparse.Namespace) -> None:
-    programs.run("tune", _LOAD_TESTS / "tune_geglu.py")
+    for script in sorted(_LOAD_TESTS.glob("tune_*.py")):
+        programs.run("tune", script)
 
 
 def _kernels(programs: Programs, arguments: argparse.Namespace) -> None:
