@@ -1,6 +1,8 @@
 """Each operation by Triton on a GPU, and in plain PyTorch where that cannot be."""
 
+import importlib
 import importlib.util
+import logging
 from functools import cache
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from t2v_core.kernels import plain
 from t2v_core.kernels.fp8 import FP8, scale_of
+
+logger = logging.getLogger(__name__)
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
 HOPPER = (9, 0)  # compute capability of the first with a copy engine for boxes of tensors
@@ -115,7 +119,7 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
 
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     """As `plain.geglu`, with the gate applied before anything is written."""
-    if _is_hopper(x):
+    if _runs_gluon(x):
         from t2v_core.kernels import gluon_geglu as faster
 
         if faster.pays(x, proj):
@@ -150,7 +154,7 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
 
 def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
     """As `plain.spatial_attention`, by a kernel of our own where the library's is slower."""
-    if not _is_hopper(qkv):
+    if not _runs_gluon(qkv):
         return plain.spatial_attention(qkv, heads)
     from t2v_core.kernels import gluon_attention as fast
 
@@ -176,8 +180,20 @@ def _has_copy_engine(x: Tensor) -> bool:
     return _runs_triton(x) and torch.cuda.get_device_capability(x.device) >= HOPPER
 
 
-def _is_hopper(x: Tensor) -> bool:
-    return _runs_triton(x) and torch.cuda.get_device_capability(x.device) == HOPPER
+def _runs_gluon(x: Tensor) -> bool:
+    return _runs_triton(x) and torch.cuda.get_device_capability(x.device) == HOPPER and _knows_gluon()
+
+
+@cache
+def _knows_gluon() -> bool:
+    """Whether Triton's Gluon, which is experimental, still has what our kernels import."""
+    try:
+        for module in ("gluon_attention", "gluon_geglu"):
+            importlib.import_module(f"t2v_core.kernels.{module}")
+    except (ImportError, AttributeError):
+        logger.warning("this version of Triton has another Gluon: slower kernels are used", exc_info=True)
+        return False
+    return True
 
 
 @cache

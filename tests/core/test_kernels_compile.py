@@ -53,7 +53,7 @@ def compiled(monkeypatch):
         return kernel
 
     monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-    for name in ("_runs_triton", "_has_copy_engine", "_is_hopper"):
+    for name in ("_runs_triton", "_has_copy_engine", "_runs_gluon"):
         monkeypatch.setattr(ops, name, lambda x: x.dtype in ops._DTYPES)
     monkeypatch.setattr(ops, "_scalar", lambda value, device: torch.empty((), device=device))
     for module in (fp8, transformers):  # which look at the weights' values, and there are none

@@ -3,12 +3,14 @@
 On a Hopper GPU: Gluon has no interpreter.
 """
 
+import sys
+
 import pytest
 import torch
 from kernel_checks import DEVICE, HALVES, TOLERANCES, assert_close, draw, randomised
 from torch import nn
 
-from t2v_core.kernels import plain
+from t2v_core.kernels import ops, plain
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
 
@@ -78,3 +80,17 @@ def test_spatial_attention_is_for_many_pixels_and_heads_of_64_channels():
     assert not fast.pays(qkv[:, :, :8], heads=2)
     assert not fast.fits(qkv, heads=1)
     assert not fast.fits(qkv.float(), heads=2)
+
+
+def test_another_gluon_is_told_and_not_used(monkeypatch, caplog):
+    from triton.experimental.gluon.language.nvidia import hopper
+
+    ops._knows_gluon.cache_clear()
+    assert ops._knows_gluon()
+    ops._knows_gluon.cache_clear()
+    for module in ("gluon_hopper", "gluon_geglu", "gluon_attention"):
+        monkeypatch.delitem(sys.modules, f"t2v_core.kernels.{module}", raising=False)
+    monkeypatch.delattr(hopper, "warpgroup_mma")
+    assert not ops._knows_gluon()
+    assert "another Gluon" in caplog.text
+    ops._knows_gluon.cache_clear()
