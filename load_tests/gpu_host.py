@@ -10,6 +10,7 @@ Parts:
     tune       tune_*.py: kernels in other tiles, and some that may replace them
     kernels    bench_kernels.py: where the time of our networks goes, beside what the card could do
     network    bench_gpu.py: ours beside diffusers (pip install diffusers)
+    pipeline   bench_pipeline.py: a whole video in process, beside diffusers
     engine     bench_engine.py: the engine beside other ways to batch, at 80, 95 and 50 % of capacity, and saturated
     service    bench_service.py: what HTTP costs, single videos and memory; each of --modes on a service of its own
     scaling    videos a second through HTTP, of a denoiser and a decoder on each GPU, and on one
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 import yaml
-from gpu_results import CASE_NAMES
+from gpu_results import CASE_NAMES, SYSTEMS
 from programs import ROOT, Programs, TimeIsOver
 
 _MEMORY = Path("/dev/shm")
@@ -89,10 +90,17 @@ def _network(programs: Programs, arguments: argparse.Namespace) -> None:
         for process in [
             stack.enter_context(programs.started("compiling", bench, Path(folder, case), *compiling, case))
             for case in cases
+            if "diffusers+compile" in arguments.systems
         ]:
             programs.wait(process)
-    stop = "--stop-after-s", programs.left_s()
-    programs.run("network", bench, programs.out / "network.json", "--cases", *cases, *stop)
+    what = "--cases", *cases, "--systems", *arguments.systems, "--stop-after-s", programs.left_s()
+    programs.run("network", bench, programs.out / "network.json", *what)
+
+
+def _pipeline(programs: Programs, arguments: argparse.Namespace) -> None:
+    _write_checkpoint(programs, "pipeline", arguments.checkpoint)
+    bench = _LOAD_TESTS / "bench_pipeline.py"
+    programs.run("pipeline", bench, arguments.checkpoint, "--device", "cuda", "--dtype", "fp16")
 
 
 def _engine(programs: Programs, arguments: argparse.Namespace) -> None:
@@ -122,9 +130,7 @@ def _try_service(programs: Programs, part: str, *what: Any) -> None:
 
 def _bench_service(programs: Programs, part: str, checkpoint: Path, mode: str, num_gpus: int, *how: object) -> None:
     """A service on so many GPUs, measured and stopped."""
-    if not checkpoint.exists():
-        programs.run(part, "-m", "serve_app.cli", "random-checkpoint", checkpoint, "--size", "full", "--dtype", "fp16")
-        os.sync()  # or the service would wait for the disk at every commit
+    _write_checkpoint(programs, part, checkpoint)
     with (
         _config_file(checkpoint, mode, num_gpus) as (file, max_ongoing),
         programs.serving(part, file) as url,
@@ -137,6 +143,13 @@ def _bench_service(programs: Programs, part: str, checkpoint: Path, mode: str, n
         )
         used = ["nvidia-smi", "--query-compute-apps=name,used_memory", "--format=csv,noheader"]
         programs.note(part, subprocess.run(used, capture_output=True, text=True, check=False).stdout)
+
+
+def _write_checkpoint(programs: Programs, part: str, checkpoint: Path) -> None:
+    """Random weights of full size, where there are none yet."""
+    if not checkpoint.exists():
+        programs.run(part, "-m", "serve_app.cli", "random-checkpoint", checkpoint, "--size", "full", "--dtype", "fp16")
+        os.sync()  # or a service would wait for the disk at every commit
 
 
 @contextmanager
@@ -159,6 +172,7 @@ _PARTS: Mapping[str, Callable[[Programs, argparse.Namespace], None]] = {
     "tune": _tune,
     "kernels": _kernels,
     "network": _network,
+    "pipeline": _pipeline,
     "engine": _engine,
     "service": _service,
     "scaling": _scaling,
@@ -170,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="the folder of the results")
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=[part for part in _PARTS if part != "tune"])
     parser.add_argument("--cases", nargs="+", choices=CASE_NAMES, default=list(CASE_NAMES), help="of network")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="of network")
     parser.add_argument("--modes", nargs="+", choices=_MODES, default=list(_MODES), help="of service")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "build/random", help="written if it is not there")
     parser.add_argument("--stop-after-s", type=float, default=float("inf"))
