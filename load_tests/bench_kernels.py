@@ -209,6 +209,9 @@ def _attention_us(backend: SDPBackend, tensors: tuple[Tensor, Tensor, Tensor], t
 
 def _flop_of_kernel(name: str, tensors: list[Tensor]) -> int:
     """Of those whose time is a product's: their rows by what is left of the weight."""
+    if name == "_attend_over_pixels":
+        frames, pixels, width = tensors[0].shape
+        return 4 * frames * pixels**2 * (width // 3)
     if name not in ("_geglu", "_geglu_that_stays", "_in_turns", "_conv_tile"):
         return 0
     x, weight = tensors[:2]
