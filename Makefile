@@ -10,7 +10,7 @@ KILLS ?= 200
 LOSSES ?= 20
 DATABASE ?=
 SEED ?= 0
-PARTS ?= tests network engine service scaling
+PARTS ?= tests network pipeline engine service scaling
 PROMPT ?= A red circle moving right on a white background.
 
 # Threads that wait must sleep: on two cores of which another program needs one, a video takes four times as long if not.
