@@ -12,11 +12,7 @@ and of each choice, the quickest first. One that does not fit into a processor i
 import argparse
 import itertools
 import math
-import multiprocessing
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +22,7 @@ import triton.language as tl
 from bench_gpu import relative_error
 from bench_kernels import Timer
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from trials import compare, compile_at_once
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import plain, triton_conv
@@ -34,8 +30,6 @@ from t2v_core.kernels import plain, triton_conv
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 128, 64
 _ADDED_COLUMNS = 32  # of a program that adds up
 _FRAMES = 16
-_QUICKEST = 5
-_MOST_PROCESSES = 12
 
 
 class Size(NamedTuple):
@@ -77,22 +71,13 @@ def main() -> None:
         _check()
         return
     timer = Timer(torch.device("cuda"))
-    num_processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, *zip(*itertools.product((True, False), _CHOICES), strict=True)))
+    compile_at_once(_compile, itertools.product((True, False), _CHOICES))
     for size, num_rows in itertools.product(_SIZES, (2, 4, 16)):
         x, weight = _inputs(size, num_rows, _FRAMES, "cuda")
         flop = 2 * x.numel() * len(weight) * math.prod(weight.shape[2:])
         known = {"library": partial(_library, x, weight), "as it is": partial(triton_conv._conv, x, weight, x.dtype)}
         tried = {str(tuple(choice)): partial(_conv_in_parts, x, weight, choice) for choice in _CHOICES}
-        reference, found = _library(x, weight), []
-        for name, way in (known | tried).items():
-            with suppress(OutOfResources):
-                error, us = relative_error(way(), reference), timer.us(way)
-                found.append((us, f"{us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {error:.1e}"))
-        lines = [line for _, line in (*found[: len(known)], *sorted(found[len(known) :])[:_QUICKEST])]
-        sys.stdout.write("\n".join(["", f"{size}, {num_rows} rows", *lines, ""]))
-        sys.stdout.flush()
+        compare(f"{size}, {num_rows} rows", timer, known, tried, flop)
 
 
 def _library(x: Tensor, weight: Tensor) -> Tensor:
@@ -115,10 +100,9 @@ def _inputs(size: Size, num_rows: int, num_frames: int, device: str) -> tuple[Te
 
 
 def _compile(over_time: bool, choice: Choice) -> None:
-    """For Triton's cache on disk, where the main process finds it."""
+    """For Triton's cache on disk, where other channels find it as well."""
     for side in {size.side for size in _SIZES if size.over_time == over_time}:
-        with suppress(OutOfResources):
-            _conv_in_parts(*_inputs(Size(side, 320, 320, over_time), 2, _FRAMES, "cuda"), choice)
+        _conv_in_parts(*_inputs(Size(side, 320, 320, over_time), 2, _FRAMES, "cuda"), choice)
 
 
 def _check() -> None:

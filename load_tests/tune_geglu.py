@@ -8,20 +8,13 @@ a processor is left out.
 """
 
 import itertools
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 
 import torch
 import triton
-from bench_gpu import relative_error
 from bench_kernels import Timer
 from torch import Tensor, nn
-from triton.runtime.errors import OutOfResources
+from trials import Way, compare, compile_at_once
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import gluon_geglu, triton_geglu
@@ -36,22 +29,17 @@ _CHOICES = (
 )
 _WIDTHS = ((320, 1024), (640, 256), (1280, 64))  # channels, pixels of a frame
 _FRAMES = 16
-_MOST_PROCESSES = 12
-_QUICKEST = 4
 
 _Tile = tuple[int, int, int]
-_Ways = Mapping[str, Callable[[], Tensor]]
 
 
 def main() -> None:
     timer = Timer(_GPU)
-    num_processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, *zip(*_CHOICES, strict=True)))
+    compile_at_once(_compile, _CHOICES)
     for (width, pixels), num_rows in itertools.product(_WIDTHS, (2, 16)):
         torch.manual_seed(0)
         x, proj = _inputs(num_rows * _FRAMES * pixels, width)
-        known = {"Triton": partial(triton_geglu.geglu, x, proj)}
+        known: dict[str, Way] = {"Triton": partial(triton_geglu.geglu, x, proj)}
         if gluon_geglu.fits(x, proj):
             known["Gluon"] = partial(gluon_geglu.geglu, x, proj)
         tried = {
@@ -60,23 +48,7 @@ def main() -> None:
             )
             for tile, stages, group, programs in _CHOICES
         }
-        _compare(f"{width} channels, {num_rows} rows", timer, known, tried, flop=2 * x.numel() * len(proj.weight))
-
-
-def _compare(title: str, timer: Timer, known: _Ways, tried: _Ways, flop: int) -> None:
-    reference = next(iter(known.values()))()
-
-    def line(name: str, way: Callable[[], Tensor]) -> tuple[float, str]:
-        error, us = relative_error(way(), reference), timer.us(way)
-        return us, f"{us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {error:.1e}"
-
-    lines = [line(name, way)[1] for name, way in known.items()]
-    found = []
-    for name, way in tried.items():
-        with suppress(OutOfResources):
-            found.append(line(name, way))
-    sys.stdout.write("\n".join(["", title, *lines, *(text for _, text in sorted(found)[:_QUICKEST]), ""]))
-    sys.stdout.flush()
+        compare(f"{width} channels, {num_rows} rows", timer, known, tried, flop=2 * x.numel() * len(proj.weight))
 
 
 def _inputs(rows: int, width: int) -> tuple[Tensor, nn.Linear]:
@@ -85,9 +57,8 @@ def _inputs(rows: int, width: int) -> tuple[Tensor, nn.Linear]:
 
 
 def _compile(tile: _Tile, stages: int, group: int, programs: int) -> None:
-    """For Triton's cache on disk, where the main process finds it, and the other widths."""
-    with suppress(OutOfResources):
-        _geglu(*_inputs(1024, _WIDTHS[0][0]), tile, stages, group, programs)
+    """For Triton's cache on disk, where the other widths find it as well."""
+    _geglu(*_inputs(1024, _WIDTHS[0][0]), tile, stages, group, programs)
 
 
 def _geglu(x: Tensor, proj: nn.Linear, tile: _Tile, stages: int, group: int, programs: int) -> Tensor:
