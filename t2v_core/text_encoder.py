@@ -87,8 +87,8 @@ class TextEncoder(nn.Module):
 def _attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """Each token to those up to it. (b, n, d), same shape out.
 
-    As the module does it, which lays tokens first: in half precision on a CPU, torch then copies the weight for each of
-    them, and two prompts take ten seconds.
+    Not by calling the module, which lays tokens first: in half precision on a CPU, torch then copies the weight for
+    each of them, and two prompts take ten seconds.
     """
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = rearrange(qkv, "b n (three heads c) -> three b heads n c", three=3, heads=attention.num_heads)

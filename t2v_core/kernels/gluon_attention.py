@@ -22,6 +22,8 @@ from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, is_half, put
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
 _KEYS, _STAGES = 128, 4
+# On an H200: 10.7 ms where cuDNN takes 11.8, of 48 frames of 9216 pixels and 5 heads; 1.5 as cuDNN, of 2304 and 10;
+# 0.95 where cuDNN takes 0.86, of 256 frames of 1024 and 5.
 _MIN_TOKENS = 2304
 _LOG2_E = 1.4426950408889634
 _REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH = gl.constexpr(160), gl.constexpr(24)  # a thread
