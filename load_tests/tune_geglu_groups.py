@@ -9,15 +9,14 @@ and 2 of 24 frames of 576x320 and 1024x576: microseconds and TFLOP/s. For a Hopp
 """
 
 import itertools
-import sys
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
-from bench_gpu import relative_error
 from bench_kernels import Timer
 from torch import Tensor, nn
+from trials import compare
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from t2v_core.kernels import gluon_geglu
-from t2v_core.kernels.gluon_hopper import SHARED_BYTES, barriers, boxes, fetch, put
+from t2v_core.kernels.gluon_hopper import SHARED_BYTES, barriers, boxes, fetch, fetch_once_free, put, sums_of
 from t2v_core.kernels.triton_geglu import _gelu, num_processors
 
 _GROUP_ROWS, _BLOCK_N = 64, 64  # of a group, and columns of each half
@@ -58,14 +57,11 @@ def main() -> None:
         torch.manual_seed(0)
         x = torch.randn(rows, _WIDTH, device="cuda", dtype=torch.float16)
         proj = nn.Linear(_WIDTH, 8 * _WIDTH, device="cuda", dtype=torch.float16).requires_grad_(False)
-        reference, flop = gluon_geglu.geglu(x, proj), 2 * x.numel() * len(proj.weight)
-        ways = {"as it is": gluon_geglu.geglu} | {
-            str(tuple(choice)): partial(_geglu, choice=choice) for choice in _CHOICES if _num_stages(choice) >= 3
+        known = {"as it is": partial(gluon_geglu.geglu, x, proj)}
+        tried = {
+            str(tuple(choice)): partial(_geglu, x, proj, choice) for choice in _CHOICES if _num_stages(choice) >= 3
         }
-        for name, way in ways.items():
-            error, us = relative_error(way(x, proj), reference), timer.us(partial(way, x, proj))
-            sys.stdout.write(f"{rows} rows: {us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {error:.1e}\n")
-            sys.stdout.flush()
+        compare(f"{rows} rows", timer, known, tried, flop=2 * x.numel() * len(proj.weight))
 
 
 def _num_stages(choice: Choice) -> int:
@@ -155,10 +151,9 @@ def _fetch_all(GROUPS: gl.constexpr, x, weight, fetched, of_rows, of_weight, cut
                     for group in gl.static_range(GROUPS):
                         place = [row + group * BLOCK_M, k * BLOCK_K]
                         fetch(x, place, rows_full.index(k), rows.index(k * GROUPS + group))
-                stage = done % STAGES
-                mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
-                mbarrier.expect(full.index(stage), weight.block_type.nbytes)
-                fetch(weight, [0, (first + tile) * BLOCK_N, k * BLOCK_K], full.index(stage), stages.index(stage))
+                stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+                place = [0, (first + tile) * BLOCK_N, k * BLOCK_K]
+                fetch_once_free(weight, place, free.index(stage), phase, full.index(stage), stages.index(stage))
                 done += 1
 
 
@@ -173,9 +168,7 @@ def _one_group(group, GROUPS: gl.constexpr, out, bias, gated, fetched, of_rows, 
     BLOCK_M: gl.constexpr = gated.shape[1]
     BLOCK_N: gl.constexpr = gated.shape[2]
     BLOCK_K: gl.constexpr = rows.shape[2]
-    sums: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * BLOCK_N, 16]
-    )
+    sums: gl.constexpr = sums_of(2 * BLOCK_N)
     tiles = inner // (parts * BLOCK_N)
     column = gl.arange(0, 2 * BLOCK_N, layout=gl.SliceLayout(0, sums))
     column += gl.where(column < BLOCK_N, 0, inner - BLOCK_N)

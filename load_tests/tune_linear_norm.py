@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from t2v_core.kernels import add_layer_norm
-from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, put
+from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, put, sums_of
 from t2v_core.kernels.triton_geglu import num_processors
 
 _WIDTH, _PIECE, _STAGES = 320, 64, 6
@@ -139,10 +139,9 @@ def _fetch_weight(weight, n, k, stages, of_weight, done):
     full, free = of_weight
     STAGES: gl.constexpr = stages.shape[0]
     PIECE: gl.constexpr = stages.shape[1]
-    stage = done % STAGES
-    mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
-    mbarrier.expect(full.index(stage), weight.block_type.nbytes)
-    fetch(weight, [n * PIECE, k * PIECE], full.index(stage), stages.index(stage))
+    stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+    place = [n * PIECE, k * PIECE]
+    fetch_once_free(weight, place, free.index(stage), phase, full.index(stage), stages.index(stage))
     return done + 1
 
 
@@ -183,7 +182,7 @@ def _one_group(
     offset, gamma, beta, eps = given
     full, used, added, free = of_rows
     PIECE: gl.constexpr = rows.shape[1]
-    sums: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16])
+    sums: gl.constexpr = sums_of(PIECE)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         done = unit // gl.num_programs(0)
         slot, phase = done % 2, done // 2 & 1

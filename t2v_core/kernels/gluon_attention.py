@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, is_half, put
+from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, is_half, put, sums_of
 
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
@@ -97,12 +97,10 @@ def _fetch_all(queries, keys_values, tokens, fetched, full, free):
     blocks = (tokens + KEYS - 1) // KEYS
     for i in range(blocks):
         stage, phase, row = i % STAGES, i // STAGES & 1 ^ 1, (blocks - 1 - i) * KEYS
-        mbarrier.wait(k_free.index(stage), phase)
-        mbarrier.expect(k_full.index(stage), keys_values.block_type.nbytes)
-        fetch(keys_values, [image, row, (heads + head) * C], k_full.index(stage), k.index(stage))
-        mbarrier.wait(v_free.index(stage), phase)
-        mbarrier.expect(v_full.index(stage), keys_values.block_type.nbytes)
-        fetch(keys_values, [image, row, (2 * heads + head) * C], v_full.index(stage), v.index(stage))
+        place = [image, row, (heads + head) * C]
+        fetch_once_free(keys_values, place, k_free.index(stage), phase, k_full.index(stage), k.index(stage))
+        place = [image, row, (2 * heads + head) * C]
+        fetch_once_free(keys_values, place, v_free.index(stage), phase, v_full.index(stage), v.index(stage))
 
 
 @gluon.jit
@@ -116,8 +114,8 @@ def _weigh(group, out, tokens, scale, fetched, full, free):
     STAGES: gl.constexpr = k.shape[0]
     KEYS: gl.constexpr = k.shape[2]
     C: gl.constexpr = k.shape[3]
-    of_keys: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
-    of_channels: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    of_keys: gl.constexpr = sums_of(KEYS)
+    of_channels: gl.constexpr = sums_of(C)
     as_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_channels, k_width=2)
     ours = q.index(group).reshape([QUERIES, C])
     nothing = gl.zeros([QUERIES, KEYS], gl.float32, of_keys)

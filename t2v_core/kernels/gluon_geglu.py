@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from t2v_core.kernels.gluon_hopper import SHARED_BYTES, barriers, boxes, fetch, is_half, put
+from t2v_core.kernels.gluon_hopper import SHARED_BYTES, barriers, boxes, fetch_once_free, is_half, put, sums_of
 from t2v_core.kernels.triton_geglu import _gelu, num_processors
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 64, 64  # rows, columns of each half, and channels at a time
@@ -108,13 +108,12 @@ def _fetch_all(x, weight, fetched, cut):
         for tile in range(tiles):
             for k in range(STEPS):
                 if tile == 0:
-                    mbarrier.wait(rows_free.index(k), units_done & 1 ^ 1)
-                    mbarrier.expect(rows_full.index(k), x.block_type.nbytes)
-                    fetch(x, [row, k * BLOCK_K], rows_full.index(k), rows.index(k))
-                stage = done % STAGES
-                mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
-                mbarrier.expect(full.index(stage), weight.block_type.nbytes)
-                fetch(weight, [0, (first + tile) * BLOCK_N, k * BLOCK_K], full.index(stage), stages.index(stage))
+                    place = [row, k * BLOCK_K]
+                    phase = units_done & 1 ^ 1
+                    fetch_once_free(x, place, rows_free.index(k), phase, rows_full.index(k), rows.index(k))
+                stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+                place = [0, (first + tile) * BLOCK_N, k * BLOCK_K]
+                fetch_once_free(weight, place, free.index(stage), phase, full.index(stage), stages.index(stage))
                 done += 1
 
 
@@ -128,9 +127,7 @@ def _multiply_and_gate(which, out, bias, gated, turns, starts, fetched, cut):
     BLOCK_M: gl.constexpr = gated.shape[0]
     BLOCK_N: gl.constexpr = gated.shape[1]
     BLOCK_K: gl.constexpr = rows.shape[2]
-    sums: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * BLOCK_N, 16]
-    )
+    sums: gl.constexpr = sums_of(2 * BLOCK_N)
     tiles = inner // (parts * BLOCK_N)
     column = gl.arange(0, 2 * BLOCK_N, layout=gl.SliceLayout(0, sums))
     column += gl.where(column < BLOCK_N, 0, inner - BLOCK_N)

@@ -30,6 +30,20 @@ def boxes(x: Tensor, *box: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, list(box), gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[x.dtype]))
 
 
+@gluon.constexpr_function
+def sums_of(columns):
+    """The layout of what four warps add up: 64 rows at a time."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.jit
+def fetch_once_free(tensor, place, free, phase, full, box):
+    """One box of a tensor to where another was."""
+    mbarrier.wait(free, phase)
+    mbarrier.expect(full, tensor.block_type.nbytes)
+    fetch(tensor, place, full, box)
+
+
 @gluon.jit
 def barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
     """So many, each passed when so many have arrived."""

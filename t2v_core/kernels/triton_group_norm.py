@@ -81,20 +81,15 @@ def _group_norm(
     flags = {"HAS_SKIP": skip is not None, "HAS_DELTA": delta is not None}
 
     whole = triton.next_power_of_2(positions) * block_g
-    if whole <= _WHOLE_GROUP_VALUES and group_channels >= _WHOLE_GROUP_CHANNELS:
-        _whole_groups[(samples, norm.num_groups)](
+    fits_twice = whole <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
+    if group_channels >= _WHOLE_GROUP_CHANNELS and (whole <= _WHOLE_GROUP_VALUES or fits_twice):
+        kernel, values, num_warps = _groups_in_parts, _PART_VALUES, _PART_WARPS
+        if whole <= _WHOLE_GROUP_VALUES:
+            kernel, values, num_warps = _whole_groups, whole, 2 if whole <= 1024 else 4 if whole <= 4096 else 8
+        kernel[(samples, norm.num_groups)](
             x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
             **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
-            BLOCK_P=triton.next_power_of_2(positions),
-            num_warps=2 if whole <= 1024 else 4 if whole <= 4096 else 8, enable_fp_fusion=True,
-        )  # fmt: skip
-        return total, out
-    is_wide = group_channels >= _WHOLE_GROUP_CHANNELS
-    if is_wide and whole <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS:
-        _groups_in_parts[(samples, norm.num_groups)](
-            x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
-            **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
-            BLOCK_P=_PART_VALUES // block_g, num_warps=_PART_WARPS, enable_fp_fusion=True,
+            BLOCK_P=values // block_g, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         return total, out
 

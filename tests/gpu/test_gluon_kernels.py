@@ -14,16 +14,10 @@ from t2v_core.kernels import ops, plain
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
 
+pytestmark = pytest.mark.usefixtures("seeded")
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
 
 
 @on_hopper

@@ -1,0 +1,12 @@
+"""What the kernels' tests share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def seeded():
+    """The same random numbers for every test, and no gradients."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
