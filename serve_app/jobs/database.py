@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import math
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
+import aiosqlite
 from sqlalchemy import event, func, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
@@ -41,6 +43,8 @@ _POSTGRESQL_SESSION = {
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
 }
+
+_SQLITE_PATIENCE_S = 20.0
 
 _CHANGES = "changes"
 
@@ -169,12 +173,27 @@ def _set_up_postgresql(connection: Any, _: object) -> None:  # Any: the driver's
     connection.commit()
 
 
-def _set_up_sqlite(connection: Any, _: object) -> None:  # Any: the driver's
+def _set_up_sqlite(connection: Any, _: object) -> None:  # Any: SQLAlchemy's, around aiosqlite's
     connection.isolation_level = None  # transactions begin where we say so
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout=20000", "journal_mode=WAL", "synchronous=FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+    connection.run_async(_set_up_aiosqlite)
+
+
+async def _set_up_aiosqlite(connection: aiosqlite.Connection) -> None:
+    """Wait for locks, log ahead, and lose nothing when the machine does.
+
+    SQLite waits for no lock to turn a new database into one that logs ahead, so of two that open it at once one fails.
+    """
+    await connection.execute(f"PRAGMA busy_timeout={_SQLITE_PATIENCE_S * 1000:.0f}")
+    await connection.execute("PRAGMA synchronous=FULL")
+    deadline = time.monotonic() + _SQLITE_PATIENCE_S
+    while True:
+        try:
+            await connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

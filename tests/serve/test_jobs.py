@@ -4,11 +4,13 @@ import asyncio
 import dataclasses
 import functools
 import random
+import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -459,6 +461,20 @@ async def test_a_new_database_may_be_opened_by_many_processes_at_once(database_u
     assert len(made) == 8
     store = await JobStore.open(database_url)
     assert (await store.get_many(made)).keys() == set(made)
+    await store.close()
+
+
+async def test_a_new_sqlite_file_that_another_writes_is_waited_for(tmp_path: Path) -> None:
+    """SQLite itself does not: the mode of a new file changes at once or not at all."""
+    path = tmp_path / "jobs.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        opening = asyncio.create_task(JobStore.open(f"sqlite:///{path}"))
+        await asyncio.sleep(0.3)
+        assert not opening.done()
+        other.execute("COMMIT")
+        store = await opening
+    await accept(store)
     await store.close()
 
 
