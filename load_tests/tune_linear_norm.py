@@ -253,7 +253,7 @@ def _multiply(piece, stages, of_weight, number, sums):
 def _add(sums, offset, rows, ours, added, slot, phase, N: gl.constexpr, total, row):
     """Columns of the sum, which are written from where those were that are added."""
     PIECE: gl.constexpr = rows.shape[1]
-    layout: gl.constexpr = sums.type.layout
+    layout: gl.constexpr = sums_of(PIECE)
     mbarrier.wait(added.index(slot * 5 + N), phase)
     piece = rows.index(ours + N)
     columns = N * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
@@ -268,7 +268,7 @@ def _add(sums, offset, rows, ours, added, slot, phase, N: gl.constexpr, total, r
 def _put_normed(values, gamma, beta, rows, ours, N: gl.constexpr, out, row, NEXT: gl.constexpr):
     """Columns of the norm, which are written where no product follows."""
     PIECE: gl.constexpr = rows.shape[1]
-    layout: gl.constexpr = values.type.layout
+    layout: gl.constexpr = sums_of(PIECE)
     columns = N * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
     values = values * gl.expand_dims(gl.load(gamma + columns).to(gl.float32), 0)
     values += gl.expand_dims(gl.load(beta + columns).to(gl.float32), 0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from t2v_core.kernels.fp8 import FP8
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+DEVICE = "cpu" if IS_INTERPRETED or not torch.cuda.is_available() else "cuda"
 # The interpreter takes bf16 for integers where it multiplies matrices.
 HALVES = [torch.float16] if IS_INTERPRETED else [torch.float16, torch.bfloat16]
 # Of fp8, half of the last digit is 2^-4; the interpreter rounds towards zero, and by a whole one.
