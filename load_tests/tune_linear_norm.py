@@ -1,13 +1,14 @@
-"""An attention's last product with the sum and the LayerNorm after it, and with the product after that: in one kernel.
+"""A product with the sum and the LayerNorm after it, and with the product after that, in one kernel.
 
     python load_tests/tune_linear_norm.py
 
-With 320 channels, all of them wait for the GPU's memory, and read what the one before has written. Here rows stay on a
-processor in between. Two groups of warps have 64 rows each, and all columns of them; one warp fetches what goes in, and
+With 320 channels, all of them wait for the GPU's memory, and read what the one before has written: the projection before
+a transformer, which nothing is added to, and the last products of its attentions. Here rows stay on a processor in
+between. Two groups of warps have 64 rows each, and all columns of them; one warp fetches what goes in, and
 one the weights, piece by piece. What is added is fetched to where the product's rows were; the sum leaves from there,
 and so does the norm, or it is multiplied in its place. For 2 and 16 rows of 16 frames of 256x256, and 2 of 24 frames of
 576x320 and 1024x576: microseconds of both ways, with no product after the norm, with queries, and with queries, keys
-and values. For a Hopper GPU.
+and values, these also without a sum. For a Hopper GPU.
 """
 
 import itertools
@@ -30,12 +31,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from t2v_core.kernels import add_layer_norm
+from t2v_core.kernels import add_layer_norm, layer_norm
 from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, put, sums_of
 from t2v_core.kernels.triton_geglu import num_processors
 
 _WIDTH, _PIECE, _STAGES = 320, 64, 6
-_NEXT_WIDTHS = 0, 320, 960
+_USES = (True, 0), (True, 320), (True, 960), (False, 960)  # whether a sum comes before the norm; the next product's width
 _REGISTERS = gl.constexpr(240)
 _FEW_REGISTERS = gl.constexpr(24)
 _ROWS = {
@@ -49,25 +50,25 @@ _ROWS = {
 def main() -> None:
     timer = Timer(torch.device("cuda"))
     with torch.inference_mode():
-        for rows, next_width in itertools.product((1, 200, 40_000), _NEXT_WIDTHS):
-            given = _inputs(rows, next_width)
+        for rows, use in itertools.product((1, 200, 40_000), _USES):
+            given = _inputs(rows, *use)
             exact = _as_it_is(given.double())
             errors = [relative_error(*pair) for pair in zip(_in_one(given.half()), exact, strict=True)]
-            sys.stdout.write(f"{rows} rows, then {next_width}: {' '.join(f'{error:.1e}' for error in errors)}\n")
+            sys.stdout.write(f"{rows} rows, {use}: {' '.join(f'{error:.1e}' for error in errors)}\n")
             assert max(errors) < 2e-3
-        for (name, rows), next_width in itertools.product(_ROWS.items(), _NEXT_WIDTHS):
-            given = _inputs(rows, next_width)
+        for (name, rows), use in itertools.product(_ROWS.items(), _USES):
+            given = _inputs(rows, *use)
             us = {title: timer.us(partial(way, given)) for title, way in (("", _as_it_is), ("one", _in_one))}
-            sys.stdout.write(f"{name}, then {next_width}: {us['']:.1f} us, in one {us['one']:.1f} us\n")
+            sys.stdout.write(f"{name}, {use}: {us['']:.1f} us, in one {us['one']:.1f} us\n")
             sys.stdout.flush()
 
 
 class Inputs(nn.Module):
-    """a, x: (rows, 320); the weights of two products, the second with or without rows; what is added, and a norm."""
+    """a, x: (rows, 320), x if it is added; the weights of two products, the second with or without rows; a norm."""
 
-    def __init__(self, rows: int, next_width: int) -> None:
+    def __init__(self, rows: int, adds: bool, next_width: int) -> None:
         super().__init__()
-        self.a, self.x = (nn.Buffer(torch.randn(rows, _WIDTH)) for _ in range(2))
+        self.a, self.x = (nn.Buffer(torch.randn(rows, _WIDTH)) if there else None for there in (True, adds))
         self.weight, self.next_weight = (
             nn.Buffer(torch.randn(width, _WIDTH) / _WIDTH**0.5) for width in (_WIDTH, next_width)
         )
@@ -76,33 +77,38 @@ class Inputs(nn.Module):
         nn.init.normal_(self.norm.bias, 0.5, 0.5)
 
 
-def _inputs(rows: int, next_width: int) -> Inputs:
+def _inputs(rows: int, adds: bool, next_width: int) -> Inputs:
     torch.manual_seed(0)
-    return Inputs(rows, next_width).to("cuda", torch.float16)
+    return Inputs(rows, adds, next_width).to("cuda", torch.float16)
 
 
 def _as_it_is(given: Inputs) -> tuple[Tensor, Tensor]:
-    total, normed = add_layer_norm(given.x, F.linear(given.a, given.weight), given.offset, given.norm)
+    product = F.linear(given.a, given.weight)
+    if given.x is None:
+        total, normed = product, layer_norm(product, given.norm, given.offset)
+    else:
+        total, normed = add_layer_norm(given.x, product, given.offset, given.norm)
     return total, F.linear(normed, given.next_weight) if len(given.next_weight) else normed
 
 
 def _in_one(given: Inputs) -> tuple[Tensor, Tensor]:
-    """x + a weight^T + offset; and its norm, or the next product with that."""
+    """x + a weight^T + offset, or without x, a weight^T; and the norm, with offset, or the next product with that."""
     a, x, next_width = given.a, given.x, len(given.next_weight)
-    total, out = torch.empty_like(x), x.new_empty(len(x), next_width or _WIDTH)
-    units = triton.cdiv(len(x), 2 * _PIECE)
+    total, out = torch.empty_like(a), a.new_empty(len(a), next_width or _WIDTH)
+    units = triton.cdiv(len(a), 2 * _PIECE)
     next_weight = given.next_weight if next_width else given.weight
-    _product_and_norm[(min(units, num_processors(x.device)),)](
-        *(boxes(tensor, _PIECE, _PIECE) for tensor in (a, given.weight, next_weight, x, total, out)),
+    _product_and_norm[(min(units, num_processors(a.device)),)](
+        *(boxes(tensor, _PIECE, _PIECE) for tensor in (a, given.weight, next_weight, a if x is None else x, total, out)),
         given.offset, given.norm.weight, given.norm.bias, units, given.norm.eps,
-        STAGES=_STAGES, NEXT=next_width // _PIECE, num_warps=4, enable_fp_fusion=True,
+        STAGES=_STAGES, ADDS=x is not None, NEXT=next_width // _PIECE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return total, out
 
 
 @gluon.jit
 def _product_and_norm(
-    a, weight, next_weight, x, total, out, offset, gamma, beta, units, eps, STAGES: gl.constexpr, NEXT: gl.constexpr
+    a, weight, next_weight, x, total, out, offset, gamma, beta, units, eps,
+    STAGES: gl.constexpr, ADDS: gl.constexpr, NEXT: gl.constexpr,
 ):  # fmt: skip
     PIECE: gl.constexpr = a.block_type.shape[0]
     # Pieces of 64 columns, of two units and two groups: 20 in all.
@@ -114,9 +120,9 @@ def _product_and_norm(
     given = (offset, gamma, beta, eps)
     gl.warp_specialize(
         [
-            (_one_group, (0, total, out, given, rows, of_rows, stages, of_weight, staged, units, NEXT)),
-            (_one_group, (1, total, out, given, rows, of_rows, stages, of_weight, staged, units, NEXT)),
-            (_fetch_rows, (a, x, rows, of_rows, units)),
+            (_one_group, (0, total, out, given, rows, of_rows, stages, of_weight, staged, units, ADDS, NEXT)),
+            (_one_group, (1, total, out, given, rows, of_rows, stages, of_weight, staged, units, ADDS, NEXT)),
+            (_fetch_rows, (a, x, rows, of_rows, units, ADDS)),
             (_fetch_weights, (weight, next_weight, stages, of_weight, units, NEXT)),
         ],
         [4, 1, 1],
@@ -146,18 +152,19 @@ def _fetch_weight(weight, n, k, stages, of_weight, done):
 
 
 @gluon.jit
-def _fetch_rows(a, x, rows, of_rows, units):
-    """What is multiplied, a unit ahead, and what is added, in its place."""
+def _fetch_rows(a, x, rows, of_rows, units, ADDS: gl.constexpr):
+    """What is multiplied, a unit ahead, and what is added, if anything is, in its place."""
     full, used, added, free = of_rows
     first, step = gl.program_id(0), gl.num_programs(0)
     for k in range(5):
         _fetch_piece(a, first, k, 0, full, rows)
     for unit in range(first, units, step):
         done = unit // step
-        slot, phase = done % 2, done // 2 & 1
-        for k in range(5):
-            mbarrier.wait(used.index(slot * 5 + k), phase)
-            _fetch_piece(x, unit, k, slot, added, rows)
+        if ADDS:
+            slot, phase = done % 2, done // 2 & 1
+            for k in range(5):
+                mbarrier.wait(used.index(slot * 5 + k), phase)
+                _fetch_piece(x, unit, k, slot, added, rows)
         if unit + step < units:
             slot, phase = (done + 1) % 2, (done + 1) // 2 & 1
             for k in range(5):
@@ -177,7 +184,7 @@ def _fetch_piece(tensor, unit, k, slot, full, rows):
 
 @gluon.jit
 def _one_group(
-    group, total, out, given, rows, of_rows, stages, of_weight, staged, units, NEXT: gl.constexpr
+    group, total, out, given, rows, of_rows, stages, of_weight, staged, units, ADDS: gl.constexpr, NEXT: gl.constexpr
 ):  # fmt: skip
     offset, gamma, beta, eps = given
     full, used, added, free = of_rows
@@ -207,11 +214,11 @@ def _one_group(
                 mbarrier.arrive(free.index((1 - slot) * 5 + n))
 
         ours, row = (slot * 2 + group) * 5, (unit * 2 + group) * PIECE
-        s0 = _add(s0, offset, rows, ours, added, slot, phase, 0, total, row)
-        s1 = _add(s1, offset, rows, ours, added, slot, phase, 1, total, row)
-        s2 = _add(s2, offset, rows, ours, added, slot, phase, 2, total, row)
-        s3 = _add(s3, offset, rows, ours, added, slot, phase, 3, total, row)
-        s4 = _add(s4, offset, rows, ours, added, slot, phase, 4, total, row)
+        s0 = _add(s0, offset, rows, ours, added, slot, phase, 0, total, row, ADDS)
+        s1 = _add(s1, offset, rows, ours, added, slot, phase, 1, total, row, ADDS)
+        s2 = _add(s2, offset, rows, ours, added, slot, phase, 2, total, row, ADDS)
+        s3 = _add(s3, offset, rows, ours, added, slot, phase, 3, total, row, ADDS)
+        s4 = _add(s4, offset, rows, ours, added, slot, phase, 4, total, row, ADDS)
         mean = gl.sum(s0 + s1 + s2 + s3 + s4, 1) / (5 * PIECE)
         centre = gl.expand_dims(mean, 1)
         s0, s1, s2, s3, s4 = s0 - centre, s1 - centre, s2 - centre, s3 - centre, s4 - centre
@@ -250,18 +257,21 @@ def _multiply(piece, stages, of_weight, number, sums):
 
 
 @gluon.jit
-def _add(sums, offset, rows, ours, added, slot, phase, N: gl.constexpr, total, row):
+def _add(sums, offset, rows, ours, added, slot, phase, N: gl.constexpr, total, row, ADDS: gl.constexpr):
     """Columns of the sum, which are written from where those were that are added."""
     PIECE: gl.constexpr = rows.shape[1]
     layout: gl.constexpr = sums_of(PIECE)
-    mbarrier.wait(added.index(slot * 5 + N), phase)
     piece = rows.index(ours + N)
     columns = N * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
-    sums += piece.load(layout).to(gl.float32) + gl.expand_dims(gl.load(offset + columns).to(gl.float32), 0)
+    with_offset = sums + gl.expand_dims(gl.load(offset + columns).to(gl.float32), 0)
+    if ADDS:
+        mbarrier.wait(added.index(slot * 5 + N), phase)
+        with_offset += piece.load(layout).to(gl.float32)
+        sums = with_offset
     piece.store(sums.to(total.dtype))
     fence_async_shared()
     put(total, [row, N * PIECE], piece)
-    return sums
+    return with_offset
 
 
 @gluon.jit
