@@ -2,13 +2,13 @@
 
     python load_tests/tune_linear_norm.py
 
-With 320 channels, all of them wait for the GPU's memory, and read what the one before has written: the projection before
-a transformer, which nothing is added to, and the last products of its attentions. Here rows stay on a processor in
-between. Two groups of warps have 64 rows each, and all columns of them; one warp fetches what goes in, and
-one the weights, piece by piece. What is added is fetched to where the product's rows were; the sum leaves from there,
-and so does the norm, or it is multiplied in its place. For 2 and 16 rows of 16 frames of 256x256, and 2 of 24 frames of
-576x320 and 1024x576: microseconds of both ways, with no product after the norm, with queries, and with queries, keys
-and values, these also without a sum. For a Hopper GPU.
+With 320 channels, all of them wait for the GPU's memory, and read what the one before has written: the projection
+before a transformer, which nothing is added to, and the last products of its attentions. Here rows stay on a processor
+in between. Two groups of warps have 64 rows each, and all columns of them; one warp fetches what goes in, and one the
+weights, piece by piece. What is added is fetched to where the product's rows were; the sum leaves from there, and so
+does the norm, unless it is multiplied: then it stays in registers. For 2 and 16 rows of 16 frames of 256x256, and 2 of
+24 frames of 576x320 and 1024x576: microseconds of both ways, with no product after the norm, with queries, and with
+queries, keys and values, these also without a sum. For a Hopper GPU.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_fre
 from t2v_core.kernels.triton_geglu import num_processors
 
 _WIDTH, _PIECE, _STAGES = 320, 64, 6
-_USES = (True, 0), (True, 320), (True, 960), (False, 960)  # whether a sum comes before the norm; the next product's width
+_USES = (True, 0), (True, 320), (True, 960), (False, 960)  # whether something is added; the next product's width
 _REGISTERS = gl.constexpr(240)
 _FEW_REGISTERS = gl.constexpr(24)
 _ROWS = {
@@ -95,10 +95,10 @@ def _in_one(given: Inputs) -> tuple[Tensor, Tensor]:
     """x + a weight^T + offset, or without x, a weight^T; and the norm, with offset, or the next product with that."""
     a, x, next_width = given.a, given.x, len(given.next_weight)
     total, out = torch.empty_like(a), a.new_empty(len(a), next_width or _WIDTH)
+    weights, added = (given.weight, given.next_weight if next_width else given.weight), a if x is None else x
     units = triton.cdiv(len(a), 2 * _PIECE)
-    next_weight = given.next_weight if next_width else given.weight
     _product_and_norm[(min(units, num_processors(a.device)),)](
-        *(boxes(tensor, _PIECE, _PIECE) for tensor in (a, given.weight, next_weight, a if x is None else x, total, out)),
+        *(boxes(tensor, _PIECE, _PIECE) for tensor in (a, *weights, added, total, out)),
         given.offset, given.norm.weight, given.norm.bias, units, given.norm.eps,
         STAGES=_STAGES, ADDS=x is not None, NEXT=next_width // _PIECE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -190,30 +190,34 @@ def _one_group(
     full, used, added, free = of_rows
     PIECE: gl.constexpr = rows.shape[1]
     sums: gl.constexpr = sums_of(PIECE)
+    as_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums, k_width=2)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         done = unit // gl.num_programs(0)
         slot, phase = done % 2, done // 2 & 1
+        ours, row = (slot * 2 + group) * 5, (unit * 2 + group) * PIECE
         nothing = gl.zeros([PIECE, PIECE], gl.float32, sums)
         s0, s1, s2, s3, s4 = nothing, nothing, nothing, nothing, nothing
         for k in range(5):
-            mbarrier.wait(full.index(slot * 5 + k), phase)
-            piece = rows.index((slot * 2 + group) * 5 + k)
             number = done * (25 + 5 * NEXT) + 5 * k
-            s0 = _multiply(piece, stages, of_weight, number, s0)
-            s1 = _multiply(piece, stages, of_weight, number + 1, s1)
-            s2 = _multiply(piece, stages, of_weight, number + 2, s2)
-            s3 = _multiply(piece, stages, of_weight, number + 3, s3)
-            s4 = _multiply(piece, stages, of_weight, number + 4, s4)
-            s0, s1, s2, s3, s4 = warpgroup_mma_wait(0, deps=[s0, s1, s2, s3, s4])
-            for n in gl.static_range(5):
-                mbarrier.arrive(of_weight[1].index((number + n) % stages.shape[0]))
+            mbarrier.wait(full.index(slot * 5 + k), phase)
+            factor = rows.index(ours + k).load(as_factor)
+            s0 = _begin(factor, stages, of_weight, number, s0)
+            s1 = _begin(factor, stages, of_weight, number + 1, s1)
+            s0 = _end(s0, of_weight, number)
+            s2 = _begin(factor, stages, of_weight, number + 2, s2)
+            s1 = _end(s1, of_weight, number + 1)
+            s3 = _begin(factor, stages, of_weight, number + 3, s3)
+            s2 = _end(s2, of_weight, number + 2)
+            s4 = _begin(factor, stages, of_weight, number + 4, s4)
+            s3 = _end(s3, of_weight, number + 3)
+            s4, factor = warpgroup_mma_wait(0, deps=[s4, factor])
+            mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
             mbarrier.arrive(used.index(slot * 5 + k))
         if done > 0:  # what came of the unit before has left by now
             tma.store_wait(0)
             for n in gl.static_range(5):
                 mbarrier.arrive(free.index((1 - slot) * 5 + n))
 
-        ours, row = (slot * 2 + group) * 5, (unit * 2 + group) * PIECE
         s0 = _add(s0, offset, rows, ours, added, slot, phase, 0, total, row, ADDS)
         s1 = _add(s1, offset, rows, ours, added, slot, phase, 1, total, row, ADDS)
         s2 = _add(s2, offset, rows, ours, added, slot, phase, 2, total, row, ADDS)
@@ -224,36 +228,51 @@ def _one_group(
         s0, s1, s2, s3, s4 = s0 - centre, s1 - centre, s2 - centre, s3 - centre, s4 - centre
         variance = gl.sum(s0 * s0 + s1 * s1 + s2 * s2 + s3 * s3 + s4 * s4, 1) / (5 * PIECE)
         scale = gl.expand_dims(gl.rsqrt(variance + eps), 1)
-        tma.store_wait(0)  # the sum has left
-        _put_normed(s0 * scale, gamma, beta, rows, ours, 0, out, row, NEXT)
-        _put_normed(s1 * scale, gamma, beta, rows, ours, 1, out, row, NEXT)
-        _put_normed(s2 * scale, gamma, beta, rows, ours, 2, out, row, NEXT)
-        _put_normed(s3 * scale, gamma, beta, rows, ours, 3, out, row, NEXT)
-        _put_normed(s4 * scale, gamma, beta, rows, ours, 4, out, row, NEXT)
-        if NEXT > 0:
-            fence_async_shared()
-        for n in range(NEXT):
-            number = done * (25 + 5 * NEXT) + 25 + 5 * n
-            product = nothing
-            for k in range(5):
-                product = _multiply(rows.index(ours + k), stages, of_weight, number + k, product)
-                product = warpgroup_mma_wait(1, deps=[product])
-                if k > 0:
-                    mbarrier.arrive(of_weight[1].index((number + k - 1) % stages.shape[0]))
-            product = warpgroup_mma_wait(0, deps=[product])
-            mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
-            tma.store_wait(0)
-            staged.index(group).store(product.to(out.dtype))
-            fence_async_shared()
-            put(out, [row, n * PIECE], staged.index(group))
+        if NEXT == 0:
+            tma.store_wait(0)  # the sum has left
+            _put(out, [row, 0], rows.index(ours), _scaled(s0 * scale, gamma, beta, 0, out.dtype))
+            _put(out, [row, PIECE], rows.index(ours + 1), _scaled(s1 * scale, gamma, beta, 1, out.dtype))
+            _put(out, [row, 2 * PIECE], rows.index(ours + 2), _scaled(s2 * scale, gamma, beta, 2, out.dtype))
+            _put(out, [row, 3 * PIECE], rows.index(ours + 3), _scaled(s3 * scale, gamma, beta, 3, out.dtype))
+            _put(out, [row, 4 * PIECE], rows.index(ours + 4), _scaled(s4 * scale, gamma, beta, 4, out.dtype))
+        else:
+            f0 = gl.convert_layout(_scaled(s0 * scale, gamma, beta, 0, out.dtype), as_factor)
+            f1 = gl.convert_layout(_scaled(s1 * scale, gamma, beta, 1, out.dtype), as_factor)
+            f2 = gl.convert_layout(_scaled(s2 * scale, gamma, beta, 2, out.dtype), as_factor)
+            f3 = gl.convert_layout(_scaled(s3 * scale, gamma, beta, 3, out.dtype), as_factor)
+            f4 = gl.convert_layout(_scaled(s4 * scale, gamma, beta, 4, out.dtype), as_factor)
+            for n in range(NEXT):
+                number = done * (25 + 5 * NEXT) + 25 + 5 * n
+                product = _begin(f0, stages, of_weight, number, nothing)
+                product = _begin(f1, stages, of_weight, number + 1, product)
+                product = _end(product, of_weight, number)
+                product = _begin(f2, stages, of_weight, number + 2, product)
+                product = _end(product, of_weight, number + 1)
+                product = _begin(f3, stages, of_weight, number + 3, product)
+                product = _end(product, of_weight, number + 2)
+                product = _begin(f4, stages, of_weight, number + 4, product)
+                product = _end(product, of_weight, number + 3)
+                product, f4 = warpgroup_mma_wait(0, deps=[product, f4])
+                mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
+                tma.store_wait(0)
+                _put(out, [row, n * PIECE], staged.index(group), product.to(out.dtype))
     tma.store_wait(0)
 
 
 @gluon.jit
-def _multiply(piece, stages, of_weight, number, sums):
+def _begin(factor, stages, of_weight, number, sums):
+    """A product with the next piece of the weights, which is the `number`th."""
     STAGES: gl.constexpr = stages.shape[0]
     mbarrier.wait(of_weight[0].index(number % STAGES), number // STAGES & 1)
-    return warpgroup_mma(piece, stages.index(number % STAGES).permute([1, 0]), sums, is_async=True)
+    return warpgroup_mma(factor, stages.index(number % STAGES).permute([1, 0]), sums, is_async=True)
+
+
+@gluon.jit
+def _end(product, of_weight, number):
+    """That with the `number`th piece is done, while the next one is under way."""
+    product = warpgroup_mma_wait(1, deps=[product])
+    mbarrier.arrive(of_weight[1].index(number % of_weight[1].shape[0]))
+    return product
 
 
 @gluon.jit
@@ -268,25 +287,24 @@ def _add(sums, offset, rows, ours, added, slot, phase, N: gl.constexpr, total, r
         mbarrier.wait(added.index(slot * 5 + N), phase)
         with_offset += piece.load(layout).to(gl.float32)
         sums = with_offset
-    piece.store(sums.to(total.dtype))
-    fence_async_shared()
-    put(total, [row, N * PIECE], piece)
+    _put(total, [row, N * PIECE], piece, sums.to(total.dtype))
     return with_offset
 
 
 @gluon.jit
-def _put_normed(values, gamma, beta, rows, ours, N: gl.constexpr, out, row, NEXT: gl.constexpr):
-    """Columns of the norm, which are written where no product follows."""
-    PIECE: gl.constexpr = rows.shape[1]
-    layout: gl.constexpr = sums_of(PIECE)
-    columns = N * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+def _scaled(values, gamma, beta, N: gl.constexpr, dtype: gl.constexpr):
+    """Columns of the norm."""
+    PIECE: gl.constexpr = values.shape[1]
+    columns = N * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, sums_of(PIECE)))
     values = values * gl.expand_dims(gl.load(gamma + columns).to(gl.float32), 0)
-    values += gl.expand_dims(gl.load(beta + columns).to(gl.float32), 0)
-    piece = rows.index(ours + N)
-    piece.store(values.to(out.dtype))
-    if NEXT == 0:
-        fence_async_shared()
-        put(out, [row, N * PIECE], piece)
+    return (values + gl.expand_dims(gl.load(beta + columns).to(gl.float32), 0)).to(dtype)
+
+
+@gluon.jit
+def _put(tensor, place, piece, values):
+    piece.store(values)
+    fence_async_shared()
+    put(tensor, place, piece)
 
 
 if __name__ == "__main__":

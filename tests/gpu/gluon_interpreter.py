@@ -184,6 +184,10 @@ class _Barrier:
 class _Barriers:
     barriers: list[_Barrier]
 
+    @property
+    def shape(self) -> list[int]:
+        return [len(self.barriers), 1]
+
     def index(self, i: int) -> _Barrier:
         assert 0 <= i < len(self.barriers)
         return self.barriers[i]
