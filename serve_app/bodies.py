@@ -55,12 +55,16 @@ async def read_body(
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    too_large = UploadTooLarge(f"the body has more than {max_bytes} bytes, the most allowed: send less")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise too_large  # before any of it is taken in
     data = bytearray()
     try:
         async with asyncio.timeout(_WITHIN_S):
             async for chunk in request.stream():
                 if len(data) + len(chunk) > max_bytes:
-                    raise UploadTooLarge(f"the body has more than {max_bytes} bytes, the most allowed: send less")
+                    raise too_large
                 data += chunk
     except TimeoutError as error:
         raise InvalidRequest(f"the body has not come within {_WITHIN_S:.0f} s: send less, or faster") from error

@@ -14,7 +14,6 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatusOverview
 from torch import Tensor
 
-from serve_app import inputs
 from serve_app.api import ApiParts, Finished, Limits, create_app
 from serve_app.artifacts import ArtifactStore
 from serve_app.auth import ApiKeys
@@ -22,6 +21,7 @@ from serve_app.bounds import Callers
 from serve_app.calls import GeneratedVideo, PreviewPicture, Progress
 from serve_app.config import DATABASE_PATIENCE_S, IngressConfig, KeysConfig, StorageConfig, WebhooksConfig
 from serve_app.events import Watcher
+from serve_app.inputs import resolve_within
 from serve_app.job_logs import log_through_serve
 from serve_app.job_metrics import count_change
 from serve_app.jobs import JobStore
@@ -29,10 +29,10 @@ from serve_app.metrics import Metrics
 from serve_app.origin import origin
 from serve_app.owners import ray_job, this_replica
 from serve_app.remote import finished, plain_errors
-from serve_app.sizes import SizeLimit, check_size, smallest
+from serve_app.sizes import SizeLimit, smallest
 from serve_app.webhooks import check_url
 from t2v_core.errors import InvalidRequest
-from t2v_core.params import GenerationParams, Settings, resolve
+from t2v_core.params import GenerationParams, Settings
 from t2v_core.weights import open_checkpoint, public_name
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ class Ingress:
 
     async def __del__(self) -> None:
         self._measuring.cancel()
+        self._parts.reading.shutdown(wait=False, cancel_futures=True)
         await self._watcher.close()
         await self._jobs.close()
 
@@ -161,18 +162,20 @@ class Ingress:
         return video
 
     async def _resolved(self, prompt: str, settings: Settings, video: bytes | Tensor | None) -> GenerationParams:
-        if video is None:
-            params = resolve(prompt, settings, self._defaults)
-        elif isinstance(video, bytes | Tensor):
-            limits = inputs.limits(self._parts.limits.max_upload_bytes)
-            async with self._parts.reading:
-                params = await asyncio.to_thread(resolve, prompt, settings, self._defaults, video, limits)
-        else:  # a path would be one of this machine, not of the caller's
+        if not isinstance(video, bytes | Tensor | None):  # a path would be one of this machine, not of the caller's
             raise InvalidRequest(
                 f"video {video!r:.100}: must be the bytes of a file, or frames; read the file", param="video"
             )
-        check_size(params, self._parts.size_limit())
-        return params
+        resolved = partial(
+            resolve_within,
+            self._parts.size_limit(),
+            prompt,
+            settings,
+            self._defaults,
+            video,
+            max_bytes=self._parts.limits.max_upload_bytes,
+        )
+        return resolved() if video is None else await self._parts.read(resolved)
 
     async def _learn_size_limit(self) -> None:
         """From the Denoisers, each time that others may run than before: they are of any kind of machine."""

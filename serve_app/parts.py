@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from serve_app.sizes import SizeLimit, configured
 from t2v_core.config import GenerationDefaults
 from t2v_core.params import GenerationParams
 
-_MAX_UPLOADS = 8
+_MAX_UPLOADS = 16  # half of them of one key
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class ApiParts:
     a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
     InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait. `origin` tells
     where what is asked for right now comes from. `measured_limit` is what the Denoisers can hold, once they have told.
-    `uploading` bounds how many edits are taken in at a time, since each holds its input video in memory: others wait
-    before any of theirs is read, and not for ever. `reading` bounds how many of these are decoded at a time.
+    `uploading` are those who send an input video, which is held in memory: also by Serve, which takes a body in before
+    anybody reads it, so that no more of them may wait. `reading` are the threads that decode these.
     """
 
     jobs: JobStore
@@ -70,12 +71,18 @@ class ApiParts:
     callers: Callers
     origin: Callable[[], Origin]
     measured_limit: Callable[[], SizeLimit | None]
-    uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_UPLOADS))
-    reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    uploading: Callers = field(
+        default_factory=lambda: Callers(_MAX_UPLOADS, _MAX_UPLOADS // 2, what="uploads", most_retry_after_s=5.0)
+    )
+    reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "reading"))
 
     def size_limit(self) -> SizeLimit | None:
         """How large a video may be now: the operator's word counts before what was measured."""
         return configured(self.limits.max_pixel_frames) or self.measured_limit()
+
+    async def read(self, resolved: Callable[[], GenerationParams]) -> GenerationParams:
+        """What comes of a request whose input has to be decoded. A thread goes on with that when its caller leaves."""
+        return await asyncio.get_running_loop().run_in_executor(self.reading, resolved)
 
 
 async def _parts_of(request: Request) -> ApiParts:

@@ -16,7 +16,7 @@ from serve_app import inputs
 from serve_app.bodies import Body
 from serve_app.jobs.model import Job, NewJob, new_job_id
 from serve_app.schemas import CreateVideo, SyncVideo
-from serve_app.sizes import SizeLimit, check_size
+from serve_app.sizes import SizeLimit
 from t2v_core.config import GenerationDefaults
 from t2v_core.errors import InvalidRequest
 from t2v_core.params import MAX_FPS, MAX_FRAMES, GenerationParams, Settings, resolve
@@ -79,11 +79,9 @@ def generation_params(
             )
         settings["num_frames"] = _num_frames(asked.seconds, _fps(asked, defaults))
     try:
-        params = resolve(asked.prompt, settings, defaults, video, inputs.limits(max_video_bytes))
+        return inputs.resolve_within(size_limit, asked.prompt, settings, defaults, video, max_bytes=max_video_bytes)
     except InvalidRequest as error:
         raise _as_spelt(error, asked) from error
-    check_size(params, size_limit)
-    return params
 
 
 def remixed_params(

@@ -3,9 +3,9 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import Header, Query, Request
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 _POLL_AFTER_MS = "500"  # the openai client keeps the first it gets, and sleeps so long between two looks
 _STOP_WITHIN_S = 10.0  # how long DELETE waits for a live job to stop; a step of the largest request is shorter
 _LOOK_EVERY_S = 0.05
-_TURN_WITHIN_S = 20.0
 
 _Result = TypeVar("_Result")
 IdempotencyKey = Annotated[
@@ -73,22 +72,8 @@ async def edit_video(
     request: Request, response: Response, parts: Parts, owner: Owner, idempotency_key: IdempotencyKey = None
 ) -> VideoObject:
     """Queue a video that is made of another one: a file that is sent along, or a completed video."""
-    async with _turn(parts.uploading):
+    with parts.uploading.one(owner):
         return await _edit(request, response, parts, owner, idempotency_key)
-
-
-@asynccontextmanager
-async def _turn(uploading: asyncio.Semaphore) -> AsyncIterator[None]:
-    """One of those who upload. Raises QueueFull where others take too long."""
-    try:
-        async with asyncio.timeout(_TURN_WITHIN_S):
-            await uploading.acquire()
-    except TimeoutError as error:
-        raise QueueFull("others upload their videos: try again in a few seconds", _TURN_WITHIN_S) from error
-    try:
-        yield
-    finally:
-        uploading.release()
 
 
 async def _edit(
@@ -110,15 +95,15 @@ async def _edit(
         data = await _video_of(asked.video.id, parts, owner)
     else:
         raise InvalidRequest('video is missing: send a file, or {"id": "video_..."} of a completed one', param="video")
-    async with parts.reading:
-        params = await asyncio.to_thread(
-            generation_params,
-            asked,
-            parts.defaults,
-            size_limit=parts.size_limit(),
-            video=data,
-            max_video_bytes=limits.max_upload_bytes,
-        )
+    resolved = partial(
+        generation_params,
+        asked,
+        parts.defaults,
+        size_limit=parts.size_limit(),
+        video=data,
+        max_video_bytes=limits.max_upload_bytes,
+    )
+    params = await parts.read(resolved)
     digest = hashlib.sha256(data).hexdigest()
     new = new_job(params, owner=owner, model=model, asked=asked, input_hash=digest, idempotency_key=idempotency_key)
     return await _accept(new, parts, response, frames=params.video)

@@ -167,13 +167,14 @@ def resolve(
     if isinstance(video, Tensor):
         frames = _frames_of(video, settings.get("num_frames") or min(len(video), params.num_frames), params)
     else:
+        limits = limits or VideoLimits(max_frames=MAX_FRAMES)
         frames = read_video(
             video,
             width=params.width,
             height=params.height,
             fps=params.fps,
             num_frames=settings.get("num_frames"),
-            limits=dataclasses.replace(limits or VideoLimits(), max_frames=params.num_frames),
+            limits=dataclasses.replace(limits, max_frames=min(limits.max_frames, params.num_frames)),
         )
     strength = defaults.strength if strength is None else strength
     return dataclasses.replace(params, num_frames=len(frames), strength=strength, video=frames)

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import io
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from anyio import to_thread
 from api_service import ALICE, BOB, KEYS, UNKNOWN, Files, error_of, running
+from PIL import Image
 from typer.testing import CliRunner
 
 from serve_app import inputs
@@ -21,7 +23,9 @@ from serve_app.api import Limits
 from serve_app.cli import app
 from serve_app.client import AsyncClient, BadRequest, Client
 from serve_app.errors import Unavailable
+from t2v_core import params
 from t2v_core.media import encode_video
+from t2v_core.video_input import read_video
 
 pytestmark = pytest.mark.anyio
 
@@ -227,6 +231,115 @@ async def test_an_upload_that_is_too_large_is_refused(tmp_path: Path, files: Fil
         assert error_of(await edit(service, mp4 + b"\0" * 2_000), 413)
         body = {"prompt": "a" * 2_000}
         assert error_of(await service.client.post("/v1/videos", json=body), 413)  # others stay small
+
+
+def slide_show() -> bytes:
+    """A few bytes that are shown for two minutes."""
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    data = io.BytesIO()
+    pictures[0].save(data, "GIF", save_all=True, append_images=pictures[1:], duration=60_000)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "num_frames", "num_read", "why"),
+    [
+        ("1024x1024", 300, 0, "300 frames of 1024x1024"),
+        ("1024x1024", None, 0, "1 frames of 1024x1024"),
+        ("512x512", None, 2, "2 frames of 512x512"),  # of which the service makes one
+    ],
+)
+async def test_of_what_is_too_large_no_more_is_read_than_shows_it(
+    service: Any, size: str, num_frames: int | None, num_read: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def read_and_count(*arguments: Any, **options: Any) -> torch.Tensor:
+        read.append(read_video(*arguments, **options))
+        return read[-1]
+
+    monkeypatch.setattr(params, "read_video", read_and_count)
+    length = {} if num_frames is None else {"num_frames": num_frames}
+    error = error_of(await edit(service, slide_show(), size=size, fps=10, **length), 400)
+    assert (error["param"], error["message"].partition(" are ")[0]) == ("size", why)
+    assert sum(len(frames) for frames in read) == num_read
+
+
+async def test_without_a_limit_an_input_has_one(tmp_path: Path, files: Files) -> None:
+    async with running(tmp_path, files, limits=Limits()) as service:
+        response = await edit(service, slide_show(), size="4096x4096", num_frames=100, fps=10)
+        assert "the most that is read of an input video" in error_of(response, 400)["message"]
+
+
+async def begin_upload(url: str, key: str, num_bytes: int) -> asyncio.StreamWriter:
+    """The first bytes of one that says no more."""
+    _, _, address = url.partition("//")
+    _, writer = await asyncio.open_connection(*address.split(":"))
+    writer.write(
+        f"POST /v1/videos/edits HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {key}\r\n"
+        f"content-type: multipart/form-data; boundary=x\r\ncontent-length: {num_bytes}\r\n\r\n--x".encode()
+    )
+    await writer.drain()
+    return writer
+
+
+async def test_one_keys_uploads_leave_room_for_anothers(tmp_path: Path, files: Files, mp4: bytes) -> None:
+    async with running(tmp_path, files, KEYS, BOB) as service:
+        stalled = [await begin_upload(service.url, ALICE, 1_000) for _ in range(8)]
+
+        async def is_full() -> bool:
+            alice = {"authorization": f"Bearer {ALICE}"}
+            response = await service.client.post("/v1/videos/edits", json={"prompt": "a"}, headers=alice)
+            if response.status_code != 429:
+                return False
+            assert "8 uploads of this key" in error_of(response, 429)["message"]
+            assert response.headers["retry-after"] == "5"
+            return True
+
+        while not await is_full():  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.01)
+        assert (await edit(service, mp4)).status_code == 200
+        for writer in stalled:
+            writer.close()
+        while await is_full():  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.01)
+
+
+async def test_a_body_that_says_that_it_is_too_large_is_refused_before_it_comes(tmp_path: Path, files: Files) -> None:
+    async with running(tmp_path, files, limits=Limits(max_upload_bytes=10_000)) as service:
+        _, _, address = service.url.partition("//")
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        kind = "multipart/form-data; boundary=x"
+        head = f"POST /v1/videos/edits HTTP/1.1\r\nhost: {address}\r\ncontent-type: {kind}\r\ncontent-length: 10001"
+        writer.write(f"{head}\r\n\r\n".encode())
+        assert b" 413 " in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+
+
+async def test_no_more_are_decoded_at_a_time_when_clients_go_away(
+    service: Any, mp4: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, at_once, may_end = 0, [], threading.Event()
+
+    def decode_slowly(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal decoding
+        decoding += 1
+        at_once.append(decoding)
+        may_end.wait(10)
+        decoding -= 1
+        return read_video(*arguments, **options)
+
+    monkeypatch.setattr(params, "read_video", decode_slowly)
+    for _ in range(3):
+        leaving = [asyncio.create_task(edit(service, mp4)) for _ in range(2)]
+        await asyncio.sleep(0.2)
+        for task in leaving:
+            task.cancel()
+    staying = asyncio.create_task(edit(service, mp4))
+    await asyncio.sleep(0.2)
+    may_end.set()
+    assert (await staying).status_code == 200
+    assert max(at_once) == 2
 
 
 async def test_the_api_answers_while_a_video_is_read(service: Any) -> None:
