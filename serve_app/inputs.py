@@ -1,7 +1,6 @@
 """Input videos of edits: read once, when they come, and kept as the frames that the job will need."""
 
 import dataclasses
-from typing import cast
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -34,7 +33,7 @@ def resolve_within(
         params = resolve(prompt, settings, defaults)
     else:
         limit = min(limit or _MOST_READ, _MOST_READ, key=lambda limit: limit.max_pixel_frames)
-        asked = resolve(prompt, cast(Settings, settings | {"strength": None}), defaults)
+        asked = resolve(prompt, settings | {"strength": None}, defaults)
         # Where nobody says how long it is, the input may be shorter than is usual.
         check_size(asked if settings.get("num_frames") else dataclasses.replace(asked, num_frames=1), limit)
         frames_fit = limit.max_pixel_frames // (asked.width * asked.height)
