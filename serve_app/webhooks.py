@@ -10,10 +10,13 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import httpcore2
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_URL = 2048
 _MAX_IN_FLIGHT, _MAX_PER_OWNER = 64, 16
+_NUM_RESOLVERS = 4 * _MAX_IN_FLIGHT  # a name may be looked for longer than its message is under way
 _GONE = 410
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -71,11 +75,13 @@ class Deliverer:
 
     def __init__(self, outbox: Outbox, config: WebhooksConfig, ssl_context: ssl.SSLContext | None = None) -> None:
         self._outbox, self._config = outbox, config
+        # Of its own: in the event loop's few threads, slow names would hold up whatever else the process looks up.
+        self._resolvers = ThreadPoolExecutor(_NUM_RESOLVERS, "webhook-names")
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=ssl_context or ssl.create_default_context(),
             max_connections=_MAX_IN_FLIGHT,
             max_keepalive_connections=0,
-            network_backend=_Guarded(allow_private=config.allow_private),
+            network_backend=_Guarded(self._resolvers, allow_private=config.allow_private),
         )
         self._in_flight: dict[asyncio.Task[None], str] = {}  # to owners
 
@@ -98,6 +104,7 @@ class Deliverer:
             task.cancel()
         await asyncio.gather(*self._in_flight, return_exceptions=True)
         await self._pool.aclose()
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
@@ -135,9 +142,16 @@ class Deliverer:
             "webhook-timestamp": str(int(now.timestamp())),
             "webhook-signature": signer.sign(delivery.id, now, delivery.body),
         }
+        timeout_s = self._config.timeout_s
         async with (
-            asyncio.timeout(self._config.timeout_s),
-            self._pool.stream("POST", str(url), headers=headers, content=delivery.body.encode()) as response,
+            asyncio.timeout(timeout_s),
+            self._pool.stream(
+                "POST",
+                str(url),
+                headers=headers,
+                content=delivery.body.encode(),
+                extensions={"timeout": {"connect": timeout_s}},
+            ) as response,
         ):
             return int(response.status)
 
@@ -145,8 +159,9 @@ class Deliverer:
 class _Guarded(httpcore2.AsyncNetworkBackend):
     """Connects to public addresses alone: a name is asked for once, and what was checked is what is connected to."""
 
-    def __init__(self, *, allow_private: bool) -> None:
-        self._allow_private, self._backend = allow_private, httpcore2.AnyIOBackend()
+    def __init__(self, resolvers: Executor, *, allow_private: bool) -> None:
+        self._resolvers, self._allow_private = resolvers, allow_private
+        self._backend = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -156,18 +171,25 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,  # Any: socket's own tuples
     ) -> httpcore2.AsyncNetworkStream:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port)
+        addresses = await self._addresses(host, port)
+        # One that swallows what it is sent leaves the others their share of the time.
+        share_s = None if timeout is None else timeout / len(addresses)
+        for address in addresses[:-1]:
+            try:
+                return await self._backend.connect_tcp(address, port, share_s, local_address, socket_options)
+            except (httpcore2.NetworkError, httpcore2.TimeoutException):
+                continue
+        return await self._backend.connect_tcp(addresses[-1], port, share_s, local_address, socket_options)
+
+    async def _addresses(self, host: str, port: int) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._resolvers, partial(socket.getaddrinfo, host, port))
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         if not self._allow_private:
             hidden = [address for address in addresses if not is_public(ipaddress.ip_address(address))]
             if hidden:
                 raise httpcore2.ConnectError(f"{host} is at {hidden[0]}, which is not public")
-        for address in addresses[:-1]:
-            try:
-                return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
-            except httpcore2.NetworkError:
-                continue
-        return await self._backend.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
+        return addresses
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

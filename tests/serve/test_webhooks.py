@@ -4,8 +4,10 @@ import asyncio
 import ipaddress
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 
 import httpx2
@@ -139,6 +141,24 @@ async def until(is_so: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not is_so():  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.01)
+
+
+def resolve_to(
+    monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str, wait: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Have a name lead to these addresses, once `wait` returns. The list grows with every time it is asked for."""
+    asked: list[str] = []
+    resolve = socket.getaddrinfo
+
+    def resolve_this(host, port, *args, **kwargs):
+        if host != name:
+            return resolve(host, port, *args, **kwargs)
+        asked.append(host)
+        wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_this)
+    return asked
 
 
 async def rows(jobs: JobStore) -> list[tuple[float | None, float | None, int]]:
@@ -334,15 +354,9 @@ def test_which_addresses_are_public(address, expected):
 
 
 async def test_a_name_that_turns_out_to_be_private_is_not_called(jobs, monkeypatch):
-    loop = asyncio.get_running_loop()
     async with receiving(OK) as receiver:
         port = int(httpx2.URL(receiver.url).port or 0)
-
-        async def resolve(host, asked_port, **_):
-            assert host == "rebound.example"
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", asked_port))]
-
-        monkeypatch.setattr(loop, "getaddrinfo", resolve)
+        resolve_to(monkeypatch, "rebound.example", "127.0.0.1")
         guarded = CONFIG.model_copy(update={"allow_private": False})
         async with delivering(jobs, guarded):
             await end_one(jobs, f"http://rebound.example:{port}/")
@@ -354,6 +368,40 @@ async def test_a_name_that_turns_out_to_be_private_is_not_called(jobs, monkeypat
             await end_one(jobs, f"http://rebound.example:{port}/")
             await settled(jobs, 2)
         assert len(receiver.got) == 1
+
+
+async def test_names_that_resolve_slowly_hold_up_no_other(jobs, monkeypatch):
+    let_go = threading.Event()
+    asked = resolve_to(monkeypatch, "slow.example", "127.0.0.1", wait=let_go.wait)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(2))  # of a replica with little of a machine
+    try:
+        async with receiving(OK) as receiver, delivering(jobs):
+            for _ in range(4):
+                await end_one(jobs, "http://slow.example/")
+            await until(lambda: len(asked) == 4)
+            await end_one(jobs, receiver.url.replace("127.0.0.1", "localhost"), "bob")
+            await until(lambda: bool(receiver.got))
+            async with asyncio.timeout(5):
+                await loop.getaddrinfo("localhost", 5432)  # as for a new connection to the database
+    finally:
+        let_go.set()
+
+
+async def test_an_address_that_swallows_everything_leaves_the_next_its_time(jobs, monkeypatch):
+    async with receiving(OK) as receiver:
+        port = int(httpx2.URL(receiver.url).port or 0)
+        resolve_to(monkeypatch, "both.example", "127.0.0.2", "127.0.0.1")
+        with socket.create_server(("127.0.0.2", port), backlog=0), ExitStack() as stack:
+            for _ in range(4):  # more than it has places for: it answers no other
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(("127.0.0.2", port))
+            async with delivering(jobs, CONFIG.model_copy(update={"timeout_s": 2.0})):
+                await end_one(jobs, f"http://both.example:{port}/")
+                ((_, delivered_at, attempts),) = await settled(jobs)
+    assert delivered_at is not None
+    assert attempts == 1
 
 
 async def test_a_database_of_an_earlier_version_is_brought_up_to_date(tmp_path):
