@@ -200,16 +200,22 @@ class JobStore:
 
     @finished
     async def heartbeat(self, claimer: str, progress: Sequence[Progress], *, lease_s: float) -> Heartbeat:
-        """Report progress and renew the leases, all at once."""
-        lost: set[str] = set()
+        """Report progress and renew the leases, all at once.
+
+        A row that is locked by another is left for the next time: to wait for it might cost all the others' leases.
+        """
+        mine = select(jobs.c.id, jobs.c.fence).where(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
         async with self.database.writing() as connection:
+            free = set((await connection.execute(mine.with_for_update(skip_locked=True))).tuples())
             for report in progress:
+                if (report.job_id, report.fence) not in free:
+                    continue
                 values: dict[str, Any] = {"step": report.step, "num_steps": report.num_steps, "eta_s": report.eta_s}
                 if report.preview_path is not None:
                     values |= {"preview_path": report.preview_path, "preview_step": report.preview_step}
-                mine = and_(held(report.job_id, report.fence), jobs.c.claimed_by == claimer)
-                if await change(connection, mine, lease_until=now_s() + lease_s, **values) is None:
-                    lost.add(report.job_id)
+                await change(connection, held(report.job_id, report.fence), lease_until=now_s() + lease_s, **values)
+            still_mine = set((await connection.execute(mine)).tuples())
+            lost = {report.job_id for report in progress if (report.job_id, report.fence) not in still_mine}
             return Heartbeat(lost, await _to_cancel(connection, claimer) - lost)
 
     @finished

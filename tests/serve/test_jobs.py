@@ -495,18 +495,35 @@ async def test_a_lease_that_had_to_wait_for_its_row_begins_when_it_is_written(
     store: JobStore, database_url: str
 ) -> None:
     await accept(store)
-    job = await claimed(store)
     database = Database(database_url)
     async with database.writing() as connection:
         await connection.execute(update(table).values(model="other"))
-        beating = asyncio.create_task(store.heartbeat("worker", [report(job, 1)], lease_s=LEASE_S))
+        claiming = asyncio.create_task(claimed(store))
         await asyncio.sleep(0.5)
         still_waiting_at = await store.now()
-    await beating
+    lease_until = (await claiming).lease_until
     await database.close()
-    lease_until = (await store.get(job.id)).lease_until
     assert lease_until is not None
     assert lease_until >= still_waiting_at + LEASE_S
+
+
+async def test_a_row_that_another_has_locked_costs_no_other_its_lease(store: JobStore, database_url: str) -> None:
+    if database_url.startswith("sqlite"):
+        pytest.skip("SQLite locks no rows")
+    await accept(store)
+    await accept(store)
+    locked, free = await store.claim("worker", limit=2, lease_s=OVER)
+    await store.cancel(locked.id, "ann")
+    database = Database(database_url)
+    async with database.writing() as connection, asyncio.timeout(5):
+        await connection.execute(update(table).where(table.c.id == locked.id).values(model="other"))
+        reports = [report(locked, 3), report(free, 3, preview_path="p", preview_step=3)]
+        beat = await store.heartbeat("worker", reports, lease_s=LEASE_S)
+    await database.close()
+    assert (beat.lost, beat.cancel_requested) == (set(), {locked.id})
+    seen = await store.get(free.id)
+    assert (seen.step, seen.preview_path, seen.preview_step) == (3, "p", 3)
+    assert await store.reap() == [locked.id]
 
 
 async def test_a_lease_runs_out_by_itself(store: JobStore) -> None:
