@@ -182,8 +182,8 @@ class Generator:
                 attempt.stop("cancelled")
 
     async def _reap(self) -> None:
-        await self._beat()  # our own leases first; after an outage, others must have had the time for theirs
-        if await self._jobs.reap(calm_s=self._config.lease_s):
+        await self._beat()  # our own leases first; others must have had the time for theirs, also after an outage
+        if await self._jobs.reap(calm_s=self._config.lease_s, pause_s=2 * self._config.heartbeat_s):
             self._woken.set()
 
     async def _sweep(self) -> None:

@@ -291,16 +291,23 @@ class JobStore:
             return await read(connection, job_id)
 
     @finished
-    async def reap(self, *, calm_s: float = 0.0) -> _Ids:
-        """Take the jobs back whose leases have run out. Returns their ids.
+    async def reap(self, *, calm_s: float = 0.0, pause_s: float = 0.0) -> _Ids:
+        """Take the jobs back whose leases have run out, and are not renewed within `pause_s`. Returns their ids.
 
-        None where the database was away in the last `calm_s`: others may not have had the time to renew theirs.
+        When a database goes on that stood still, all leases have run out, and heartbeats are only on their way.
+        None where it was away in the last `calm_s`: others may not have had the time to renew theirs.
         """
+        late = and_(jobs.c.status == "in_progress", jobs.c.lease_until < now_s())
+        async with self.database.reading() as connection:
+            seen = set((await connection.execute(select(jobs.c.id, jobs.c.lease_until).where(late))).tuples())
+        if not seen:
+            return []
+        await asyncio.sleep(pause_s)
         if self.database.calm_s < calm_s:
             return []
-        late = select(jobs).where(jobs.c.status == "in_progress", jobs.c.lease_until < now_s())
         async with self.database.writing() as connection:
-            rows = (await connection.execute(late.with_for_update(skip_locked=True))).all()
+            found = (await connection.execute(select(jobs).where(late).with_for_update(skip_locked=True))).all()
+            rows = [row for row in found if (row.id, row.lease_until) in seen]
             for row in rows:
                 await give_up_attempt(connection, row, self._rules, "its worker was lost")
         return [row.id for row in rows]

@@ -526,6 +526,19 @@ async def test_a_row_that_another_has_locked_costs_no_other_its_lease(store: Job
     assert await store.reap() == [locked.id]
 
 
+async def test_a_lease_is_lost_when_it_is_found_late_twice(store: JobStore) -> None:
+    """As after a database stood still, when heartbeats that it held up come through."""
+    for _ in range(3):
+        await accept(store)
+    late, renewed = await store.claim("worker", limit=2, lease_s=OVER)
+    later = await claimed(store, lease_s=0.5)
+    reaping = asyncio.create_task(store.reap(pause_s=1.0))
+    await asyncio.sleep(0.2)
+    await store.heartbeat("worker", [report(renewed, 1)], lease_s=0.3)
+    assert await reaping == [late.id]
+    assert {job.id for job in (await store.list("ann")).jobs if job.status == "in_progress"} == {renewed.id, later.id}
+
+
 async def test_a_lease_runs_out_by_itself(store: JobStore) -> None:
     await accept(store)
     job = await claimed(store, lease_s=0.05)
