@@ -33,6 +33,8 @@ _PATIENCE = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
+    # Nor must one that has become a standby, to which connections would stay in the pool.
+    "target_session_attrs": "read-write",
 }
 
 # Nor must a client that does keep others from its locks: the server ends its session, and who waits is told.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import psycopg
 import pytest
 from job_processes import claim_all, new_job, open_and_create, processes, video_of, work_for_ever
 from sqlalchemy import select, text, update
@@ -965,6 +966,21 @@ async def test_a_store_that_stands_still_in_a_transaction_holds_up_the_others_fo
             async with asyncio.timeout(5):
                 claimed = await other.claim("worker", limit=1, lease_s=LEASE_S)
     assert len(claimed) == 1
+
+
+async def test_a_server_that_takes_no_writes_any_more_is_left_for_the_next(store: JobStore, database_url: str) -> None:
+    """As after a failover, when a name leads to the former primary for a while."""
+    if database_url.startswith("sqlite"):
+        pytest.skip("SQLite is of one machine")
+    with psycopg.connect(database_url, autocommit=True) as server:
+        name = server.info.dbname
+        server.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                await store.create(new_job())
+        server.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await accept(store)
 
 
 async def test_leases_that_ran_out_while_the_database_was_away_may_still_be_renewed(
