@@ -12,6 +12,7 @@ from serve_app.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
+_JOBS = "video_"  # what else there is, such as a volume's lost+found, is not for us to look into
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NUM_TRIES = 100  # one does, unless somebody removes folders all the time
 
@@ -63,14 +64,19 @@ class Folder:
                 _remove_if_empty(target.parent)
 
     def newest(self) -> dict[str, float]:
-        """When the newest file of each folder "{job}/{fence}" was written, in unix seconds."""
+        """When the newest file of each folder "{job}/{fence}" was written, in unix seconds.
+
+        A job's folder that cannot be looked into is logged, and left out.
+        """
         newest = {}
         with self._explained("listing"):
-            for job in self._root.iterdir():
-                with suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile, or none of ours
-                    for folder in job.iterdir():
-                        if folder.is_dir():
-                            newest[f"{job.name}/{folder.name}"] = _newest_mtime(folder)
+            jobs = [entry for entry in self._root.iterdir() if entry.name.startswith(_JOBS)]
+        for job in jobs:
+            # Removed meanwhile, or no folder at all.
+            with suppress(Unavailable), self._explained(job.name), suppress(FileNotFoundError, NotADirectoryError):
+                for folder in job.iterdir():
+                    if folder.is_dir():
+                        newest[f"{job.name}/{folder.name}"] = _newest_mtime(folder)
         return newest
 
     @contextmanager

@@ -187,8 +187,8 @@ class Generator:
             self._woken.set()
 
     async def _sweep(self) -> None:
+        await self._outbox.forget(_TOLD_FOR_S)  # first, as it needs no files
         await sweep(self._jobs, self._tools.artifacts, min_age_s=2 * self._config.lease_s + _SWEPT_AFTER_S)
-        await self._outbox.forget(_TOLD_FOR_S)
 
     async def _tell_census(self) -> None:
         await tell_census(self._metrics, self._jobs)

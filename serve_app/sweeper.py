@@ -3,6 +3,7 @@
 import logging
 
 from serve_app.artifacts import ArtifactStore
+from serve_app.errors import Unavailable
 from serve_app.jobs import JobStore
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,8 @@ async def sweep(jobs: JobStore, artifacts: ArtifactStore, *, min_age_s: float) -
     while expired := await jobs.expired():
         for job in expired:
             await jobs.forget(job.id)
-            await artifacts.delete_prefix(f"{job.id}/")
             logger.info("expired: job=%s", job.id)
+            await _remove(artifacts, job.id)
     old = await artifacts.prefixes(min_age_s)
     for start in range(0, len(old), _FOLDERS_AT_ONCE):
         prefixes = old[start : start + _FOLDERS_AT_ONCE]
@@ -28,5 +29,13 @@ async def sweep(jobs: JobStore, artifacts: ArtifactStore, *, min_age_s: float) -
         for prefix, (job_id, _, fence) in zip(prefixes, folders, strict=True):
             is_needed = job_id in known and known[job_id].needs(fence)
             if not is_needed and not await jobs.names_prefix(prefix):  # the batch was read a while ago
-                await artifacts.delete_prefix(f"{prefix}/")
-                logger.info("swept: prefix=%s", prefix)
+                await _remove(artifacts, prefix)
+
+
+async def _remove(artifacts: ArtifactStore, prefix: str) -> None:
+    """One that cannot be removed, as it is another user's, must not keep the others from it."""
+    try:
+        await artifacts.delete_prefix(f"{prefix}/")
+        logger.info("swept: prefix=%s", prefix)
+    except Unavailable as error:
+        logger.warning("not swept: prefix=%s error=%s", prefix, error)

@@ -117,7 +117,7 @@ SERVICE_ALLOWED = {
     "engine_metrics": {"memory", "metrics"},
     "devices": {"config"},
     "sizes": set(),
-    "sweeper": {"artifacts", "jobs"},
+    "sweeper": {"artifacts", "errors", "jobs"},
     "schemas": {"errors", "jobs"},
     "webhooks": {"config", "jobs"},
     "bodies": {"errors"},

@@ -341,6 +341,17 @@ async def test_strange_things_in_the_folder_are_left_alone(folder: Place, tmp_pa
     assert (root / JOB / "notes").is_dir()
 
 
+async def test_a_folder_that_cannot_be_looked_into_hides_no_other(
+    folder: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, root = folder.open(), tmp_path / "store"
+    await store.put(VIDEO, b"1", "video/mp4")
+    for name in ("lost+found", f"{JOB[:-1]}0"):
+        (root / name).symlink_to(root / name)  # which root may not follow either
+    assert await store.prefixes(-60) == [f"{JOB}/1"]
+    assert [f"path={JOB[:-1]}0 " in line for line in caplog.messages] == [True]
+
+
 async def test_a_stream_outlives_the_removal_of_its_file(folder: Place) -> None:
     store = folder.open()
     await store.put(VIDEO, b"0123456789", "video/mp4")

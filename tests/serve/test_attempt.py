@@ -206,6 +206,20 @@ async def test_a_late_attempt_leaves_the_checkpoint_that_its_successor_reads(ben
         await ended(attempt)
 
 
+async def test_a_folder_that_cannot_be_removed_keeps_no_other_from_being_swept(bench: Bench):
+    (job,) = await bench.jobs.claim(OWNER, limit=1, lease_s=30)
+    await bench.jobs.complete(job.id, job.fence, {}, expires_in_s=-1)
+    elsewhere = bench.folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    for job_id in (job.id, "video_" + "0" * 32):  # an expired one, and a stray one
+        (bench.folder / job_id).mkdir(parents=True)
+        (bench.folder / job_id / "1").symlink_to(elsewhere)  # it cannot be removed as a folder, by root either
+    stray = f"video_{'f' * 32}/1/video.mp4"
+    await bench.artifacts.put(stray, b"nobody's", "video/mp4")
+    await sweep(bench.jobs, bench.artifacts, min_age_s=-60)
+    assert stray not in bench.files()
+
+
 async def test_sweeping_leaves_what_a_job_names_and_takes_the_rest(bench: Bench):
     await ended(await bench.attempt(Stages(RENDERED)))
     named = bench.files()
