@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -55,11 +56,15 @@ class Attempt:
         self._folder = f"{job.id}/{job.fence}"
         self._trajectory = f"{self._folder}/trajectory.safetensors"
         self._why_stopped: WhyStopped | None = None
+        self._is_kept = False  # all its files are where they belong
         self.task = asyncio.create_task(self._work())
 
     def stop(self, why: WhyStopped) -> None:
-        """Stop the work at the next step. Cancelled: the job ends; drained: it goes back; lost: it is another's."""
-        if self._why_stopped is None:
+        """Stop the work at the next step. Cancelled: the job ends; drained: it goes back; lost: it is another's.
+
+        When all its files are kept, whether it is cancelled or lost is found as the job ends, or it has ended already.
+        """
+        if self._why_stopped is None and (why == "drained" or not self._is_kept):
             self._why_stopped = why
             self.task.cancel()
 
@@ -140,7 +145,10 @@ class Attempt:
         assert rendered is not None
         files = rendered.by_variant()
         began = time.monotonic()
-        if await self._patiently(lambda: self._complete(files)):
+        artifacts = await self._patiently(lambda: self._keep(files))
+        self._is_kept = True
+        # However long the database is away: nobody can claim the job meanwhile, and the fence guards it afterwards.
+        if await self._patiently(lambda: self._complete(artifacts), outage_s=math.inf):
             seconds = time.monotonic() - began
             self._tools.metrics.stage("store", seconds)
             logger.info("job completed: job=%s fence=%d store_s=%.3f", job.id, job.fence, seconds)
@@ -158,20 +166,22 @@ class Attempt:
             await self._tools.artifacts.put(self._trajectory, checkpoint.trajectory, "application/octet-stream")
             await self._tools.jobs.save_checkpoint(self.job.id, self.job.fence, self._trajectory, checkpoint.step)
 
-    async def _complete(self, files: dict[str, RenderedFile]) -> bool:
+    async def _keep(self, files: dict[str, RenderedFile]) -> dict[str, Artifact]:
+        put = self._tools.artifacts.put
+        return {
+            variant: await put(f"{self._folder}/{file.name}", file.data, file.media_type)
+            for variant, file in files.items()
+        }
+
+    async def _complete(self, artifacts: dict[str, Artifact]) -> bool:
         """Whether the job was still ours to end."""
-        artifacts: dict[str, Artifact] = {}
-        for variant, file in files.items():
-            artifacts[variant] = await self._tools.artifacts.put(
-                f"{self._folder}/{file.name}", file.data, file.media_type
-            )
         return await self._tools.jobs.complete(
             self.job.id, self.job.fence, artifacts, expires_in_s=self._tools.config.expires_in_s
         )
 
-    async def _patiently(self, action: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Through an outage of a store, if it is not too long."""
-        deadline = time.monotonic() + self._tools.config.outage_s
+    async def _patiently(self, action: Callable[[], Awaitable[_Result]], outage_s: float | None = None) -> _Result:
+        """Through an outage of a store, if it is not longer than `outage_s`: by default, as it is configured."""
+        deadline = time.monotonic() + (self._tools.config.outage_s if outage_s is None else outage_s)
         while True:
             try:
                 return await action()

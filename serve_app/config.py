@@ -156,7 +156,7 @@ class GeneratorConfig(Fixed):
     poll_s: Seconds = 1.0
     max_attempts: int = Field(default=3, ge=1)
     drain_s: float = Field(default=5.0, ge=0)
-    outage_s: float = Field(default=120.0, ge=0)  # how long a finished video waits for a store that is away
+    outage_s: float = Field(default=120.0, ge=0)  # how long a finished video waits for a store of files that is away
     expires_in_s: Seconds = 86_400.0
     sweep_every_s: Seconds = 60.0
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -172,6 +173,55 @@ async def test_a_commit_whose_answer_is_lost_does_not_cost_the_video(bench: Benc
     job = await bench.job()
     assert job.status == "completed"
     assert {artifact.path for artifact in job.artifacts.values()} <= bench.files()
+
+
+async def test_a_finished_video_waits_for_the_database_however_long_that_is_away(bench: Bench, monkeypatch):
+    put, complete = AsyncMock(wraps=bench.artifacts.put), bench.jobs.complete
+    is_back = asyncio.Event()
+
+    async def complete_when_back(*args: Any, **kwargs: Any) -> bool:
+        if not is_back.is_set():
+            raise Unavailable("the job store cannot be reached")
+        return await complete(*args, **kwargs)
+
+    monkeypatch.setattr(bench.jobs, "complete", complete_when_back)
+    monkeypatch.setattr(bench.artifacts, "put", put)
+    attempt = await bench.attempt(Stages(RENDERED), outage_s=0.1)
+    await asyncio.sleep(1.5)  # it was tried a few times
+    is_back.set()
+    await ended(attempt)
+    job = await bench.job()
+    assert (job.status, job.attempts) == ("completed", 0)
+    assert put.await_count == 3  # each file once
+
+
+@pytest.mark.parametrize("why", ["lost", "cancelled"])
+async def test_an_attempt_whose_job_has_completed_is_not_stopped(bench: Bench, monkeypatch, why):
+    """As by a heartbeat that finds the job nobody's any more."""
+    delete = bench.artifacts.delete
+
+    async def delete_slowly(path: str) -> None:
+        attempt.stop(why)
+        await asyncio.sleep(0.1)
+        await delete(path)
+
+    monkeypatch.setattr(bench.artifacts, "delete", delete_slowly)
+    attempt = await bench.attempt(Stages(Checkpoint(2, b"trajectory"), RENDERED))
+    await ended(attempt)
+    job = await bench.job()
+    assert job.status == "completed"
+    assert bench.files() == {artifact.path for artifact in job.artifacts.values()}
+
+
+async def test_an_attempt_that_waits_for_the_database_to_end_its_job_is_given_back_when_it_drains(
+    bench: Bench, monkeypatch
+):
+    monkeypatch.setattr(bench.jobs, "complete", AsyncMock(side_effect=Unavailable("the job store is away")))
+    attempt = await bench.attempt(Stages(RENDERED))
+    await asyncio.sleep(0.2)
+    attempt.stop("drained")
+    await ended(attempt)
+    assert (await bench.job()).status == "queued"
 
 
 async def test_a_job_whose_checkpoint_cannot_be_read_waits_in_the_queue_and_loses_no_attempt(bench, monkeypatch):
