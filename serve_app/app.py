@@ -32,7 +32,7 @@ def build(args: AppConfig) -> Application:
     decoder = _deployed(Decoder, _scaled(config.decoder), config).bind(*weights, config.decoder)
     stages = text_encoder, denoiser, decoder
     generator = _deployed(Generator, _fixed(config.generator, config.ingress.max_ongoing), config).bind(
-        config.generator, storage, webhooks, config.jobs_per_generator, reserve, *stages
+        config.generator, storage, webhooks, *weights, config.jobs_per_generator, reserve, *stages
     )
     ingress = _deployed(serve.ingress()(Ingress), _fixed(config.ingress, config.ingress.max_ongoing), config)
     return ingress.bind(config.ingress, storage, config.keys, webhooks, *weights, generator, denoiser)

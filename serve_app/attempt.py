@@ -36,10 +36,11 @@ _PERMANENT = (InvalidRequest, GenerationFailed)
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What every attempt of a Generator works with. `owner` is the Generator itself."""
+    """What every attempt of a Generator works with. `owner` is the Generator itself, `model` what it serves."""
 
     owner: str
     config: GeneratorConfig
+    model: str
     jobs: JobStore
     artifacts: ArtifactStore
     chain: Chain
@@ -110,6 +111,8 @@ class Attempt:
 
     async def _make(self) -> None:
         job = self.job
+        if job.model != self._tools.model:
+            raise InvalidRequest(f"model {job.model}: is not served any more; make the video again", param="model")
         try:
             params, trajectory = await self._patiently(self._kept)
         except Unavailable as error:  # nothing was done yet: it waits in the queue, for as long as the stores are away

@@ -23,6 +23,7 @@ from serve_app.owners import this_replica
 from serve_app.sweeper import sweep
 from serve_app.webhooks import Deliverer
 from t2v_core.params import GenerationParams
+from t2v_core.weights import open_checkpoint, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class Generator:
         config: GeneratorConfig,
         storage: StorageConfig,
         webhooks: WebhooksConfig,
+        model: str,
+        revision: str | None,
         max_jobs: int,
         urgent_reserve: int,
         text_encoder: "DeploymentHandle[Any]",
@@ -46,6 +49,7 @@ class Generator:
         decoder: "DeploymentHandle[Any]",
     ) -> None:
         log_through_serve()
+        open_checkpoint(model, revision=revision, networks=())  # one with a wrong name must not fail others' jobs
         self._metrics = Metrics()
         self._config, self._max_jobs, self._urgent_reserve = config, max_jobs, urgent_reserve
         self._name = this_replica()
@@ -56,9 +60,11 @@ class Generator:
             patience_s=DATABASE_PATIENCE_S,
             on_change=partial(count_change, self._metrics),
         )
+        self._since = await self._jobs.now()
         self._tools = Tools(
             owner=self._name,
             config=config,
+            model=public_name(model),
             jobs=self._jobs,
             artifacts=ArtifactStore(storage.artifacts, storage.artifact_options),
             chain=Chain(text_encoder, denoiser.options(stream=True), decoder),
@@ -151,7 +157,14 @@ class Generator:
         room = bound - len(self._attempts)
         if room < 1:
             return
-        claimed = await self._jobs.claim(self._name, limit=room, lease_s=self._config.lease_s, urgent_only=urgent_only)
+        claimed = await self._jobs.claim(
+            self._name,
+            limit=room,
+            lease_s=self._config.lease_s,
+            urgent_only=urgent_only,
+            model=self._tools.model,
+            since=self._since,
+        )
         for job in claimed:
             self._metrics.count(ATTEMPTS)
             if job.id in self._attempts:  # its lease had run out, and nobody was quicker than we

@@ -58,12 +58,19 @@ class Candidate(NamedTuple):
     is_hastened: bool
 
 
-async def candidates(connection: AsyncConnection, limit: int, *, urgent_only: bool) -> Sequence[Candidate]:
-    """Those who are next; with `urgent_only`, the urgent and the hastened among them. For one caller at a time."""
+async def candidates(
+    connection: AsyncConnection, limit: int, *, urgent_only: bool, model: str | None, since: float
+) -> Sequence[Candidate]:
+    """Those who are next; with `urgent_only`, the urgent and the hastened among them. For one caller at a time.
+
+    With a `model`, none that came after `since` for another one.
+    """
     await lock(connection, "claim")
     running = {row.owner: row.num for row in await connection.execute(select(_running()))}
     line = _line()
     next_ones = select(line).order_by(line.c.turn, line.c.due_at, line.c.id)
+    if model is not None:
+        next_ones = next_ones.where((line.c.model == model) | (line.c.created_at < since))
     # Of all who wait, no more are read than may be next.
     next_ones = (
         next_ones.where((line.c.priority == "urgent") | (line.c.turn == 1)) if urgent_only else next_ones.limit(limit)
@@ -126,8 +133,13 @@ def _line() -> Subquery:
     running = _running()
     place = func.row_number().over(partition_by=jobs.c.owner, order_by=(jobs.c.due_at, jobs.c.id))
     turn = (place + func.coalesce(running.c.num, 0)).label("turn")
-    columns = jobs.c.id, jobs.c.fence, jobs.c.owner, jobs.c.priority, jobs.c.due_at, turn
-    return select(*columns).outerjoin(running, jobs.c.owner == running.c.owner).where(_WAITING).subquery()
+    names = "id", "fence", "owner", "model", "priority", "created_at", "due_at"
+    return (
+        select(*(jobs.c[name] for name in names), turn)
+        .outerjoin(running, jobs.c.owner == running.c.owner)
+        .where(_WAITING)
+        .subquery()
+    )
 
 
 async def _count(connection: AsyncConnection, *where: ColumnElement[bool]) -> int:

@@ -173,16 +173,26 @@ class JobStore:
     # What the owners of claims do
 
     @finished
-    async def claim(self, claimer: str, *, limit: int, lease_s: float, urgent_only: bool = False) -> _Jobs:
+    async def claim(
+        self,
+        claimer: str,
+        *,
+        limit: int,
+        lease_s: float,
+        urgent_only: bool = False,
+        model: str | None = None,
+        since: float = 0.0,
+    ) -> _Jobs:
         """Up to `limit` queued jobs, those whose turn it is, now the claimer's for `lease_s` seconds.
 
         Each with the priority that counts now: urgent for the first of an owner while others fill the service.
+        With the `model` that the claimer has `since` then, none that came later for another: its successor has that.
         """
         if limit < 1:
             return []
         claimed = []
         async with self.database.writing() as connection:
-            for row in await candidates(connection, limit, urgent_only=urgent_only):
+            for row in await candidates(connection, limit, urgent_only=urgent_only, model=model, since=since):
                 ours = await change(
                     connection,
                     one(row.id, jobs.c.fence == row.fence, jobs.c.status == "queued"),

@@ -57,11 +57,13 @@ class Bench:
         self.jobs = jobs
         self.artifacts = ArtifactStore(str(folder / "store"))
         self.folder = folder / "store"
+        self.model = "demo"
 
     async def attempt(self, stages: Stages, outage_s: float = 5.0) -> Attempt:
         (job,) = await self.jobs.claim(OWNER, limit=1, lease_s=30)
         config = GeneratorConfig(outage_s=outage_s)
-        return Attempt(job, Tools(OWNER, config, self.jobs, self.artifacts, stages, Metrics()))  # type: ignore[arg-type]
+        tools = Tools(OWNER, config, self.model, self.jobs, self.artifacts, stages, Metrics())  # type: ignore[arg-type]
+        return Attempt(job, tools)
 
     async def job(self) -> Job:
         return await self.jobs.get(self.job_id)
@@ -126,6 +128,17 @@ async def test_what_is_the_jobs_fault_fails_it_at_once(bench: Bench):
     await ended(await bench.attempt(Stages(GenerationFailed("values are not finite"))))
     job = await bench.job()
     assert (job.status, job.error_code, job.error_message) == ("failed", "generation_failed", "values are not finite")
+
+
+async def test_a_job_of_a_model_that_is_not_served_any_more_fails_and_says_so(bench: Bench):
+    await ended(await bench.attempt(Stages(Checkpoint(3, b"where it stood"), Unavailable("died"))))
+    bench.model = "another"
+    stages = Stages(RENDERED)
+    await ended(await bench.attempt(stages))
+    job = await bench.job()
+    assert (job.status, job.error_code) == ("failed", "invalid_request")
+    assert job.error_message == "model demo: is not served any more; make the video again"
+    assert stages.calls == []
 
 
 async def test_a_checkpoint_that_cannot_be_used_is_forgotten(bench: Bench):

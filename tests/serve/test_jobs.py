@@ -424,6 +424,22 @@ async def test_nobody_is_urgent_where_all_have_as_much(store: JobStore) -> None:
     assert (await claimed(store)).priority == "normal"
 
 
+@pytest.mark.parametrize("urgent_only", [False, True])
+async def test_jobs_of_another_model_are_left_to_those_that_came_after_its_change(
+    store: JobStore, urgent_only: bool
+) -> None:
+    old = await accept(store, priority="urgent", model="old")
+    await asyncio.sleep(0.01)
+    changed_at = await store.now()
+    await asyncio.sleep(0.01)
+    new = await accept(store, priority="urgent", model="new")
+    claim = functools.partial(store.claim, limit=2, lease_s=LEASE_S, urgent_only=urgent_only)
+    first = await claim("before", model="old", since=0.0)
+    assert [job.id for job in first] == [old.id]
+    await store.release(old.id, first[0].fence)
+    assert {job.id for job in await claim("after", model="new", since=changed_at)} == {old.id, new.id}
+
+
 async def test_a_reserve_for_the_urgent_takes_no_other(store: JobStore) -> None:
     await accept(store, priority="normal")
     urgent = await accept(store, priority="urgent")
