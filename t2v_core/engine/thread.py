@@ -26,8 +26,15 @@ class EngineThread:
         self._lock = threading.Lock()  # of _live and _is_closed
         self._is_closed = False
         self.failure: str | None = None  # of the last step, where it was none of the errors that a request can have
+        self._began_s: float | None = None  # by the engine's clock; None while it waits for commands
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the engine has been at one thing: a step, with its wait for the device, or a command; or 0."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else self._engine.clock() - began_s
 
     def add(self, request: Request) -> None:
         """Take a request in. Raises InvalidRequest for an id that is already here."""
@@ -114,13 +121,18 @@ class EngineThread:
         self._hand_out(self._try(self._engine.settle))
         for request_id in self._engine.ids:
             self._hand_out(self._engine.cancel(request_id))
+        self._began_s = None
 
     def _next_command(self) -> _Command | None:
         """Raises Empty when it is time for a step."""
-        if len(self._engine) == 0:
-            return self._commands.get()
-        pause_s = self._engine.pause_s()
-        return self._commands.get(block=pause_s > 0, timeout=pause_s or None)
+        self._began_s = None
+        try:
+            if len(self._engine) == 0:
+                return self._commands.get()
+            pause_s = self._engine.pause_s()
+            return self._commands.get(block=pause_s > 0, timeout=pause_s or None)
+        finally:
+            self._began_s = self._engine.clock()
 
     def _try(self, work: Callable[[], list[Event]]) -> list[Event]:
         try:

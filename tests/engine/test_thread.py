@@ -12,6 +12,7 @@ import torch
 
 from t2v_core.engine import Admitted, Cancelled, Engine, EngineThread, Failed, Finished, Profile, Request, RowBudgets
 from t2v_core.engine.events import ENDINGS
+from t2v_core.engine.launched import Launched
 from t2v_core.engine.profile import Measurement
 from t2v_core.errors import EngineBroken, InvalidRequest
 from t2v_core.trajectory import Trajectory
@@ -222,6 +223,54 @@ def test_the_time_a_request_waits_for_the_step_at_hand_counts(held_step, tiny_pi
     events.ending_of("second")
     thread.close()
     assert Admitted("second", 100.0) in events.all
+
+
+def test_how_long_the_engine_has_been_at_one_thing_is_known_whatever_is_asked_of_it(
+    held_step, tiny_pipeline_float64, prepared
+):
+    (begun, go), events, now = held_step, Events(), [0.0]
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), clock=lambda: now[0])
+    thread = EngineThread(engine, events)
+    now[0] = 50.0
+    assert thread.busy_s == 0.0  # nothing was asked yet
+    thread.add(Request("first", prepared(seed=1)))
+    assert begun.wait(120)
+    now[0] = 80.0
+    thread.add(Request("second", prepared(seed=2)))
+    thread.cancel("first")
+    assert thread.busy_s == 30.0
+    go.set()
+    assert isinstance(events.ending_of("second"), Finished)
+    now[0] = 100.0
+    deadline = time.monotonic() + 60
+    while thread.busy_s:  # it has only just told of the end
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    thread.close()
+    now[0] = 130.0
+    assert thread.busy_s == 0.0
+
+
+def test_a_wait_for_the_device_is_work(tiny_pipeline_float64, prepared, monkeypatch):
+    waits, may_end = threading.Event(), threading.Event()
+
+    def wait(launched):
+        waits.set()
+        assert may_end.wait(120)
+        return wait_for_it(launched)
+
+    wait_for_it = Launched.wait
+    monkeypatch.setattr(Launched, "wait", wait)
+    now, events = [0.0], Events()
+    engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8), clock=lambda: now[0], runs_ahead=True)
+    thread = EngineThread(engine, events)
+    thread.add(Request("a", prepared(num_inference_steps=2)))
+    assert waits.wait(120)
+    now[0] = 30.0
+    assert thread.busy_s == 30.0
+    may_end.set()
+    assert isinstance(events.ending_of("a"), Finished)
+    thread.close()
 
 
 def test_closing_returns_when_all_has_ended_whoever_closes(held_step, tiny_pipeline_float64, prepared):
