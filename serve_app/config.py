@@ -128,7 +128,7 @@ class DenoiserConfig(Scaling):
     warm_up: tuple[tuple[Frames, Side, Side], ...] = ()
     checkpoint_every_s: Seconds = 5.0
     hand_back_s: Seconds = 10.0
-    stuck_after_s: Seconds = 300.0  # with no step done for so long, the replica is replaced
+    stuck_after_s: Seconds = 300.0  # on a GPU: at one step for so long, the replica is replaced
     preview_every_steps: int = Field(default=5, ge=0)
 
 

@@ -24,7 +24,7 @@ from serve_app.devices import place
 from serve_app.draining import leaves_in_s
 from serve_app.engine_metrics import EngineMetrics
 from serve_app.errors import Superseded, Unavailable
-from serve_app.health import admit
+from serve_app.health import Health, admit
 from serve_app.job_logs import fields, log_through_serve, name_job
 from serve_app.memory import free_bytes, gpu_memory, tell_memory
 from serve_app.metrics import Metrics
@@ -110,7 +110,8 @@ class Denoiser:
         autoencoder = replay_decoder(load_autoencoder(weights, self._device, self._dtype))
         previewer = FewFrames(autoencoder, num_frames=1)  # all videos wait while it is decoded
         profile = self._profile(unet, weights)
-        if self._device.type == "cuda":
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
             self._rehearse(Engine(unet, RowBudgets(profile), previewer=previewer), weights)
         self._size_limit = self._measured_limit(unet, weights, profile)
         budgets = RowBudgets(
@@ -121,9 +122,9 @@ class Denoiser:
         self._engine = Engine(unet, budgets, previewer=previewer, cached_steps=config.cached_steps)
         self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters)
         self._thread = EngineThread(self._engine, self._hand_over)
+        self._health = Health("denoiser", config.stuck_after_s if on_gpu else None)  # a CPU may take that long
         self._live: dict[str, _Live] = {}  # by engine id
         self._watch: asyncio.Task[None] | None = None
-        self._heard_s = time.monotonic()  # of the engine
 
     async def denoise(self, call: DenoiseCall, conditioning: Conditioning) -> AsyncIterator[DenoiseEvent]:
         """Progress, checkpoints and previews as they come, and the latents at the end. Closing it stops the work.
@@ -133,17 +134,15 @@ class Denoiser:
         UnreadableTrajectory, and Unavailable where this replica cannot work.
         """
         began = time.monotonic()
-        await admit("denoiser", lambda: self._thread.failure is not None)
+        await admit("denoiser", lambda: self._health.is_broken or self._thread.failure is not None)
         self._supersede(call)
         live = _Live(call, asyncio.get_running_loop())
-        if not self._live:
-            self._heard_s = time.monotonic()
         self._live[live.engine_id] = live
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_surroundings())
         name_job(call.id, call.fence)  # not before: the watch is on behalf of all calls
         try:
-            denoising = await asyncio.to_thread(self._prepare, call, conditioning)
+            denoising = await asyncio.to_thread(self._health.watched, self._prepare, call, conditioning)
             if live.why_stopped is not None:  # meanwhile, when the engine did not know it yet
                 raise live.superseded()
             trajectory = denoising.trajectory
@@ -155,7 +154,6 @@ class Denoiser:
                 trajectory.num_steps,
             )
             every = self._config.preview_every_steps if call.previews else 0
-            self._heard_s = time.monotonic()
             self._thread.add(Request(live.engine_id, denoising, call.priority, None, call.waited_s, every))
             async for event in self._follow(live):
                 if isinstance(event, Denoised):
@@ -184,10 +182,9 @@ class Denoiser:
     def check_health(self) -> None:
         """Serve replaces a replica whose GPU is lost, or hangs. It asks often enough for gauges, which Ray forgets."""
         tell_memory(self._metrics, gpu_memory(self._device))
+        self._health.check(self._thread.busy_s)
         if self._thread.failure:
             raise Unavailable(f"the denoiser broke down ({self._thread.failure}): it is replaced")
-        if self._live and time.monotonic() - self._heard_s > self._config.stuck_after_s:
-            raise Unavailable(f"the denoiser has not moved for {self._config.stuck_after_s:.0f} s: it is replaced")
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self._thread.close)
@@ -290,7 +287,6 @@ class Denoiser:
 
     def _hand_over(self, event: Event) -> None:
         """In the engine's thread: to the call that the event is for, if that still listens."""
-        self._heard_s = time.monotonic()
         self._engine_metrics.tell(event)
         live = self._live.get(event.id)
         if live is not None:
@@ -315,7 +311,7 @@ class Denoiser:
                     kept = now
                     trajectory = await asyncio.wrap_future(self._thread.look(live.engine_id))
                     if trajectory is not None:
-                        yield Checkpoint(trajectory.step_index, await asyncio.to_thread(trajectory.to_bytes))
+                        yield Checkpoint(trajectory.step_index, await self._saved(trajectory))
             elif isinstance(event, Preview):
                 picture = await asyncio.to_thread(encode_spritesheet, event.frames, columns=len(event.frames))
                 yield PreviewPicture(event.step_index, picture)
@@ -325,7 +321,7 @@ class Denoiser:
                     logger.info(
                         "handed back: job=%s fence=%d step=%d", live.call.id, live.call.fence, trajectory.step_index
                     )
-                    yield HandedBack(trajectory.step_index, await asyncio.to_thread(trajectory.to_bytes))
+                    yield HandedBack(trajectory.step_index, await self._saved(trajectory))
                     return
             elif isinstance(event, Finished):
                 yield Denoised(await asyncio.to_thread(event.trajectory.latents.cpu))
@@ -336,3 +332,6 @@ class Denoiser:
                 raise live.superseded()
             else:
                 began = now
+
+    async def _saved(self, trajectory: Trajectory) -> bytes:
+        return await asyncio.to_thread(self._health.watched, trajectory.to_bytes)
