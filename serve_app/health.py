@@ -59,7 +59,8 @@ class Health:
         except T2VError:  # what was asked for is to blame
             raise
         except Exception as error:
-            is_lost = isinstance(error, torch.AcceleratorError)  # each further look would cost a job an attempt
+            # Each further look would cost a job an attempt. Memory may be there the next time.
+            is_lost = isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error)
             self._num_failures, self._failure = _BROKEN_AFTER if is_lost else self._num_failures + 1, repr(error)
             raise
         finally:

@@ -50,6 +50,12 @@ async def test_one_whose_gpu_is_lost_is_broken_at_once():
         part.check()
 
 
+async def test_one_whose_memory_ran_out_once_is_not_broken():
+    part = Health("decoder")
+    fails(part, torch.AcceleratorError("CUDA error: out of memory"))
+    part.check()
+
+
 async def test_what_is_the_requests_fault_breaks_nothing():
     part = Health("decoder")
     for _ in range(9):
