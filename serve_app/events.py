@@ -111,7 +111,8 @@ async def _data(name: EventName, job: Job, position: int | None, artifacts: Arti
             picture = base64.b64encode(await artifacts.read(job.preview_path)).decode()
             return json.dumps({"step": job.preview_step, "url": f"data:image/webp;base64,{picture}"})
         return None
-    return video_object(job).model_dump_json()
+    # In ASCII: what readers take for the end of a line differs, and pydantic's own leaves U+2028 as it is.
+    return json.dumps(video_object(job).model_dump(mode="json"))
 
 
 class Sighting(NamedTuple):

@@ -53,7 +53,8 @@ async function* events(body) {
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
-      const event = Object.fromEntries(Array.from(block.matchAll(/^(\w+): ?(.*)$/gm), (line) => line.slice(1)));
+      const lines = block.matchAll(/(?:^|\n)(\w+): ?([^\n]*)/g); // not ^, $ and a dot: in a prompt, they know more ends
+      const event = Object.fromEntries(Array.from(lines, (line) => line.slice(1)));
       if (event.data) yield { ...event, data: JSON.parse(event.data) };
     }
   }

@@ -107,6 +107,16 @@ async def test_a_video_is_told_from_the_queue_to_its_end(service: Any, files: An
     assert rest[0]["data"] == (await service.client.get(f"/v1/videos/{video['id']}")).json()
 
 
+async def test_an_event_is_ascii_so_that_nothing_in_a_prompt_ends_a_line_of_it(service: Any) -> None:
+    prompt = "a\u2028b\u2029c\x85d\x0be\r\nf"
+    video = await service.create(prompt)
+    await (await service.claim()).complete()
+    response = await service.client.get(f"/v1/videos/{video['id']}/events")
+    assert response.content.isascii()
+    (data,) = [line for line in response.text.splitlines() if line.startswith("data: ")]
+    assert json.loads(data.removeprefix("data: "))["prompt"] == prompt
+
+
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
 async def test_the_last_event_says_how_it_ended(service: Any, end: str) -> None:
     video = await service.create()

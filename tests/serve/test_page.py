@@ -1,8 +1,10 @@
 """The web page in a real browser, headless, on the API with a stand-in for what makes videos."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,24 @@ async def test_a_video_is_asked_for_watched_and_played(driver: Chrome, service: 
     async with service.working(step_s=0.05):
         await asyncio.to_thread(see, page)
     assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize("escapes", [True, False])
+async def test_a_prompt_of_any_lines_is_watched_to_its_end(
+    driver: Chrome, service: Any, monkeypatch: pytest.MonkeyPatch, escapes: bool
+) -> None:
+    prompt = "A red circle\u2028moving right\u2029on white."
+    if not escapes:  # as a service may that is older than its page
+        monkeypatch.setattr(json, "dumps", partial(json.dumps, ensure_ascii=False))
+    await service.create(prompt)
+
+    def see() -> None:
+        page = Page(driver, service.url)
+        page.says("status", "Done")
+        assert driver.execute_script("return document.getElementById('title').textContent") == prompt
+
+    async with service.working(step_s=0.05):
+        await asyncio.to_thread(see)
 
 
 async def test_a_video_whose_answer_was_lost_is_not_made_twice(driver: Chrome, service: Any) -> None:
