@@ -23,7 +23,11 @@ from t2v_core.errors import EngineBroken, GenerationFailed, InvalidRequest, OutO
 
 
 class JobNotFound(T2VError):
-    """No such job, or it is another key's."""
+    """No such job, or it is another key's. `param` is what named it."""
+
+    def __init__(self, message: str, param: str = "video_id") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class JobEnded(T2VError):

@@ -58,7 +58,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    param = error.param if isinstance(error, InvalidRequest) else "video_id" if isinstance(error, JobNotFound) else None
+    param = error.param if isinstance(error, InvalidRequest | JobNotFound) else None
     return error_response(answer, str(error), param, headers)
 
 

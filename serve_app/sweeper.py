@@ -9,10 +9,11 @@ from serve_app.jobs import JobStore
 logger = logging.getLogger(__name__)
 
 _FOLDERS_AT_ONCE = 500
+_PLACES_FOR_S = 86_400.0  # who lists has come to the next page by then
 
 
 async def sweep(jobs: JobStore, artifacts: ArtifactStore, *, min_age_s: float) -> None:
-    """Remove expired jobs with their files, and folders older than `min_age_s` that no row names.
+    """Remove expired jobs with their files, folders older than `min_age_s` that no row names, and old places in lists.
 
     The row goes first: what is left of its files when this is cut short is found the next time.
     """
@@ -21,6 +22,7 @@ async def sweep(jobs: JobStore, artifacts: ArtifactStore, *, min_age_s: float) -
             await jobs.forget(job.id)
             logger.info("expired: job=%s", job.id)
             await _remove(artifacts, job.id)
+    await jobs.forget_removed(_PLACES_FOR_S)
     old = await artifacts.prefixes(min_age_s)
     for start in range(0, len(old), _FOLDERS_AT_ONCE):
         prefixes = old[start : start + _FOLDERS_AT_ONCE]

@@ -152,7 +152,9 @@ async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Respon
 async def list_videos(
     parts: Parts,
     owner: Owner,
-    after: Annotated[str | None, Query(description="The id of the last video of the page before.")] = None,
+    after: Annotated[
+        str | None, Query(description="The id of the last video of the page before; it may be gone.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="By time of creation.")] = "desc",
 ) -> VideoList:

@@ -83,14 +83,13 @@ class AsyncClient:
     async def list(
         self, *, order: Order = "desc", after: str | None = None, page_size: int = 100
     ) -> AsyncIterator[Video]:
-        """All videos behind `after`, by time of creation. Asked for a page ahead: those given may be deleted."""
-        page: VideoPage | None = await self._page(calls.list_call(after, order, page_size))
-        while page is not None:
-            behind = page.last_id if page.has_more else None
-            following = None if behind is None else await self._page(calls.list_call(behind, order, page_size))
+        """All videos behind `after`, by time of creation. Those given may be deleted meanwhile."""
+        has_more = True
+        while has_more:
+            page = await self._page(calls.list_call(after, order, page_size))
             for video in page.data:
                 yield video
-            page = following
+            after, has_more = page.last_id, page.has_more
 
     async def cancel(self, video_id: str) -> Video:
         """Stop a video: at once while it is queued, at its next step while it is made."""

@@ -90,6 +90,17 @@ outbox = Table(
     Index("outbox_by_next", "next_at"),
 )
 
+# Where removed jobs stood in their owner's list, for a while: who is at a page that ended there goes on from it.
+removed = Table(
+    "removed",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("removed_at", Float(53), nullable=False),
+    Index("removed_by_time", "removed_at"),
+)
+
 
 def add_missing_columns(connection: Connection) -> None:
     """Bring tables of an earlier version up to date: what came later may be null."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from sqlalchemy import and_, delete, func, select, tuple_
+from sqlalchemy import and_, delete, func, select, tuple_, union_all
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -18,8 +18,20 @@ from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound
 from serve_app.jobs.database import Database, finished, lock, why_away
 from serve_app.jobs.model import ENDED, Artifact, Census, Change, Heartbeat, Job, JobStatus, NewJob, Page, Progress
 from serve_app.jobs.queue import accepted_before, candidates, census, check_bound, enqueue, num_queued, positions
-from serve_app.jobs.schema import add_missing_columns, jobs, metadata, now_s
-from serve_app.jobs.transitions import Rules, change, end, give_up_attempt, held, held_row, job_of, one, read, requeue
+from serve_app.jobs.schema import add_missing_columns, jobs, metadata, now_s, removed
+from serve_app.jobs.transitions import (
+    Rules,
+    change,
+    end,
+    give_up_attempt,
+    held,
+    held_row,
+    job_of,
+    one,
+    read,
+    remove,
+    requeue,
+)
 from t2v_core.errors import InvalidRequest
 
 _PAUSE_S = 2.0
@@ -131,13 +143,15 @@ class JobStore:
     async def list(
         self, owner: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
     ) -> Page:
-        """An owner's jobs by their creation, those behind `after`. Raises JobNotFound for an unknown `after`."""
+        """An owner's jobs by their creation, those behind `after`, which may have been removed not long ago.
+
+        Raises JobNotFound for an unknown `after`.
+        """
         place = tuple_(jobs.c.created_at, jobs.c.id)  # ids settle what happened at once
         query = select(jobs).where(jobs.c.owner == owner)
         async with self.database.reading() as connection:
             if after is not None:
-                last = await read(connection, after, owner)
-                behind = (last.created_at, last.id)
+                behind = (await _created_at(connection, after, owner), after)
                 query = query.where(place < behind if order == "desc" else place > behind)
             columns = [column.desc() if order == "desc" else column.asc() for column in (jobs.c.created_at, jobs.c.id)]
             rows = (await connection.execute(query.order_by(*columns).limit(limit + 1))).all()
@@ -167,7 +181,7 @@ class JobStore:
             job = await read(connection, job_id, owner, lock=True)
             if not job.is_ended:
                 raise JobLive(f"video {job_id} is {job.status}: cancel it first")
-            await connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            await remove(connection, one(job_id))
             return job
 
     # What the owners of claims do
@@ -335,7 +349,13 @@ class JobStore:
     async def forget(self, job_id: str) -> None:
         """Remove the row of an ended job."""
         async with self.database.writing() as connection:
-            await connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(ENDED)))
+            await remove(connection, one(job_id, jobs.c.status.in_(ENDED)))
+
+    @finished
+    async def forget_removed(self, older_than_s: float) -> None:
+        """Forget where removed jobs stood, after a while."""
+        async with self.database.writing() as connection:
+            await connection.execute(delete(removed).where(removed.c.removed_at < now_s() - older_than_s))
 
     @finished
     async def names_prefix(self, prefix: str) -> bool:
@@ -371,6 +391,15 @@ class JobStore:
             await lock(connection, "setup")
             await connection.run_sync(metadata.create_all)
             await connection.run_sync(add_missing_columns)
+
+
+async def _created_at(connection: AsyncConnection, after: str, owner: str) -> float:
+    """When a job was created that is there, or was removed not long ago. Raises JobNotFound."""
+    found = [select(t.c.created_at).where(t.c.id == after, t.c.owner == owner) for t in (jobs, removed)]
+    created_at: float | None = None if "\0" in after else await connection.scalar(union_all(*found))
+    if created_at is None:
+        raise JobNotFound(f"after {after!r:.100}: there is no video of this id; list from the start", param="after")
+    return created_at
 
 
 async def _to_cancel(connection: AsyncConnection, claimer: str) -> set[str]:

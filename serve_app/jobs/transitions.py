@@ -10,14 +10,14 @@ Every write names the state that it starts from, so that of two only one finds i
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import JobNotFound
 from serve_app.jobs.database import tell
 from serve_app.jobs.model import Artifact, Ended, Job, JobStatus, Requeued
 from serve_app.jobs.outbox import post
-from serve_app.jobs.schema import jobs, now_s
+from serve_app.jobs.schema import jobs, now_s, removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,13 @@ async def end(
         tell(connection, Ended(status))
         await post(connection, ended)
     return ended is not None
+
+
+async def remove(connection: AsyncConnection, where: ColumnElement[bool]) -> None:
+    """Take a row away, and keep its place in the list. Of two that do, one finds it."""
+    place = jobs.c.id, jobs.c.owner, jobs.c.created_at
+    for row in (await connection.execute(delete(jobs).where(where).returning(*place))).all():
+        await connection.execute(insert(removed).values(**row._mapping, removed_at=now_s()))
 
 
 async def requeue(connection: AsyncConnection, row: Row[Any], rules: Rules, *, attempts: int, is_retry: bool) -> None:

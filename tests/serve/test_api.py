@@ -370,7 +370,8 @@ async def test_a_bad_query_is_400_that_names_it(shared_service: Any, name: str, 
 
 
 async def test_a_page_after_an_unknown_video_is_404(shared_service: Any) -> None:
-    error_of(await shared_service.client.get("/v1/videos", params={"after": UNKNOWN}), 404)
+    error = error_of(await shared_service.client.get("/v1/videos", params={"after": UNKNOWN}), 404)
+    assert (error["code"], error["param"]) == ("video_not_found", "after")
 
 
 # The service itself

@@ -8,11 +8,12 @@ from unittest.mock import AsyncMock
 
 import pytest
 
+from serve_app import sweeper
 from serve_app.artifacts import ArtifactStore
 from serve_app.attempt import Attempt, Tools
 from serve_app.calls import Checkpoint, DenoiseCall, Progress, Rendered, RenderedFile
 from serve_app.config import GeneratorConfig
-from serve_app.errors import Unavailable
+from serve_app.errors import JobNotFound, Unavailable
 from serve_app.jobs import Job, JobStore, NewJob, new_job_id
 from serve_app.metrics import Metrics
 from serve_app.sweeper import sweep
@@ -281,6 +282,17 @@ async def test_a_folder_that_cannot_be_removed_keeps_no_other_from_being_swept(b
     await bench.artifacts.put(stray, b"nobody's", "video/mp4")
     await sweep(bench.jobs, bench.artifacts, min_age_s=-60)
     assert stray not in bench.files()
+
+
+async def test_sweeping_keeps_the_places_of_removed_jobs_for_a_while(bench: Bench, monkeypatch):
+    await ended(await bench.attempt(Stages(RENDERED)))
+    owner = (await bench.jobs.delete(bench.job_id, (await bench.job()).owner)).owner
+    await sweep(bench.jobs, bench.artifacts, min_age_s=0)
+    assert (await bench.jobs.list(owner, after=bench.job_id)).jobs == []
+    monkeypatch.setattr(sweeper, "_PLACES_FOR_S", -1.0)
+    await sweep(bench.jobs, bench.artifacts, min_age_s=0)
+    with pytest.raises(JobNotFound):
+        await bench.jobs.list(owner, after=bench.job_id)
 
 
 async def test_sweeping_leaves_what_a_job_names_and_takes_the_rest(bench: Bench):

@@ -252,6 +252,11 @@ async def test_another_owners_job_is_as_if_it_were_not_there(store: JobStore) ->
     ):
         with pytest.raises(JobNotFound):
             await call
+    removed = await accept(store)
+    await store.cancel(removed.id, "ann")
+    await store.delete(removed.id, "ann")
+    with pytest.raises(JobNotFound):
+        await store.list("bob", after=removed.id)
     assert (await store.list("bob")).jobs == []
     assert await store.get(job.id, "ann") == job
 
@@ -290,9 +295,40 @@ async def test_a_page_that_is_just_full_has_no_more(store: JobStore) -> None:
     assert (await store.list("ann", limit=1)).has_more
 
 
-async def test_a_page_after_an_unknown_job_is_refused(store: JobStore) -> None:
+@pytest.mark.parametrize("order", ["asc", "desc"])
+@pytest.mark.parametrize("expires", [True, False])
+async def test_a_page_after_a_job_that_was_removed_goes_on_from_where_it_was(
+    store: JobStore, database_url: str, order: Any, expires: bool
+) -> None:
+    made = [await accept(store) for _ in range(6)]
+    for job, created_at in zip(made, [10.0, 20.0, 20.0, 20.0, 20.0, 30.0], strict=True):
+        await run_sql(database_url, update(table).where(table.c.id == job.id).values(created_at=created_at))
+    whole = [job.id for job in (await store.list("ann", order=order)).jobs]
+    first = [job.id for job in (await store.list("ann", order=order, limit=3)).jobs]
+    for job_id in first:
+        await store.cancel(job_id, "ann")
+        await (store.forget(job_id) if expires else store.delete(job_id, "ann"))
+    for _ in range(2):
+        assert [job.id for job in (await store.list("ann", after=first[-1], order=order)).jobs] == whole[3:]
+        await store.forget_removed(older_than_s=60)
+    await store.forget_removed(older_than_s=-1)
     with pytest.raises(JobNotFound):
-        await store.list("ann", after="video_0")
+        await store.list("ann", after=first[-1], order=order)
+
+
+async def test_of_two_that_forget_a_job_none_fails(open_store: OpenStore) -> None:
+    stores = [await open_store() for _ in range(4)]
+    for _ in range(5):
+        job = await accept(stores[0])
+        await stores[0].cancel(job.id, "ann")
+        await asyncio.gather(*(store.forget(job.id) for store in stores))
+
+
+@pytest.mark.parametrize("after", ["video_0", "", "video\0", "v" * 10_000])
+async def test_a_page_after_an_unknown_job_is_refused(store: JobStore, after: str) -> None:
+    with pytest.raises(JobNotFound) as refused:
+        await store.list("ann", after=after)
+    assert refused.value.param == "after"
 
 
 async def test_jobs_are_counted_by_status_and_owner(store: JobStore) -> None:

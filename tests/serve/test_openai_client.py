@@ -74,6 +74,16 @@ async def test_list_pages_by_itself(service: Any) -> None:
     assert rest == ids[4:]
 
 
+async def test_all_videos_are_deleted_as_they_are_listed(service: Any) -> None:
+    client = client_of(service)
+    ids = {(await service.create())["id"] for _ in range(25)}  # more than a page
+
+    def delete_all() -> set[str]:
+        return {client.videos.delete(video.id).id for video in client.videos.list()}
+
+    assert await call(delete_all) == ids
+
+
 @pytest.mark.parametrize("variant", ["video", "thumbnail", "spritesheet"])
 async def test_download_content_gives_each_variant(service: Any, variant: str) -> None:
     video = await service.completed()
