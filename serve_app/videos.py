@@ -17,7 +17,7 @@ from torch import Tensor
 from serve_app import inputs
 from serve_app.bodies import Upload, read_body
 from serve_app.content import content_response
-from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, QueueFull, Unavailable
+from serve_app.errors import ArtifactGone, IdempotencyConflict, JobEnded, JobLive, QueueFull, Unavailable
 from serve_app.events import Seen, job_events, news
 from serve_app.job_logs import name_job
 from serve_app.jobs.model import Job, NewJob
@@ -122,7 +122,9 @@ async def remix_video(
     asked = parse(RemixVideo, await read_body(request, parts.limits.max_body_bytes, multipart=False))
     model = _served(earlier.model, parts)
     frames = None
-    if earlier.input_path is not None:  # an edit: of the same input
+    if earlier.is_edit:  # of the same input
+        if earlier.input_path is None:
+            raise ArtifactGone(f"video {video_id}: is {earlier.status}, so its input is gone; edit that video again")
         frames = inputs.frames_of(await parts.artifacts.read(earlier.input_path))
     params = remixed_params(earlier, asked.prompt, parts.defaults, frames)
     check_size(params, parts.size_limit())
@@ -196,6 +198,8 @@ async def cancel_video(video_id: str, parts: Parts, owner: Owner) -> VideoObject
     name_job(job.id)
     logger.info("cancel accepted: job=%s status=%s", job.id, job.status)
     await parts.wake()
+    if job.is_ended and job.is_edit:  # its input now, as who edits and cancels all the time is held up by no bound
+        await _remove_files(job.id, parts)
     return video_object(job)
 
 
@@ -266,7 +270,7 @@ async def _remove_input(new: NewJob, parts: ApiParts) -> None:
 
 
 async def _remove_files(job_id: str, parts: ApiParts) -> None:
-    """Of a job that has no row. While the store is away, they are left to the sweeper."""
+    """Of a job that has no row, or whose row names none. While the store is away, they are left to the sweeper."""
     try:
         await parts.artifacts.delete_prefix(f"{job_id}/")
     except Unavailable as error:

@@ -94,6 +94,11 @@ class Job(NewJob):
         return min(99, 100 * self.step // self.num_steps) if self.num_steps else 0
 
     @property
+    def is_edit(self) -> bool:
+        """Whether it is made of another video. `input_path` names that until the job ends without one of its own."""
+        return self.params.get("strength") is not None
+
+    @property
     def is_ended(self) -> bool:
         return self.status in ENDED
 

@@ -87,6 +87,7 @@ async def end(
         eta_s=None,
         checkpoint_path=None,  # with no row that names them, these files are swept away
         preview_path=None,
+        input_path=jobs.c.input_path if status == "completed" else None,
         **values,
     )
     if ended is not None:

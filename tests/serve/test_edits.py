@@ -23,6 +23,7 @@ from serve_app.api import Limits
 from serve_app.cli import app
 from serve_app.client import AsyncClient, BadRequest, Client
 from serve_app.errors import Unavailable
+from serve_app.sweeper import sweep
 from t2v_core import params
 from t2v_core.media import encode_video
 from t2v_core.video_input import read_video
@@ -153,6 +154,32 @@ async def test_an_input_is_needed_as_long_as_its_job(service: Any, mp4: bytes) -
     assert await service.jobs.names_prefix(f"{video['id']}/0")
     assert (await service.client.delete(f"/v1/videos/{video['id']}")).status_code == 200
     assert await service.artifacts.prefixes(-60) == []
+
+
+@pytest.mark.parametrize("end", ["cancelled while it waits", "cancelled", "failed"])
+async def test_the_input_of_an_edit_that_made_nothing_is_not_kept(service: Any, mp4: bytes, end: str) -> None:
+    video = (await edit(service, mp4)).raise_for_status().json()
+    if end == "cancelled while it waits":
+        await service.client.post(f"/v1/videos/{video['id']}/cancel")
+        assert await service.artifacts.prefixes(-60) == []  # at once: nobody bounds how often it is done
+    else:
+        work = await service.claim()
+        await (work.fail() if end == "failed" else work.cancelled())
+        await sweep(service.jobs, service.artifacts, min_age_s=-60)
+        assert await service.artifacts.prefixes(-60) == []
+    response = await service.client.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "a ring"})
+    error = error_of(response, 404)
+    assert error["code"] == "content_gone"
+    assert end.split()[0] in error["message"]
+    assert "input" in error["message"]
+
+
+async def test_the_input_of_a_completed_edit_is_kept_for_remixes(service: Any, mp4: bytes) -> None:
+    video = (await edit(service, mp4)).raise_for_status().json()
+    await (await service.claim()).complete()
+    await sweep(service.jobs, service.artifacts, min_age_s=-60)
+    response = await service.client.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "a ring"})
+    assert response.raise_for_status().json()["strength"] == video["strength"]
 
 
 @pytest.mark.parametrize(
