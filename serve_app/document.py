@@ -54,7 +54,8 @@ def polled() -> Responses:
 def made_now() -> Responses:
     """A video in the answer itself."""
     names = ("x-t2v-seed", "x-t2v-model", "x-t2v-size", "x-t2v-num-frames", "x-t2v-fps")
-    headers = _headers(**dict.fromkeys(names, "What the video was made with"))
+    what = dict.fromkeys(names, "What the video was made with")
+    headers = _headers(**what | {"x-t2v-model": "Its id in /v1/models, percent-encoded"})
     return {200: {"description": "The video", "content": dict.fromkeys(_VIDEO_TYPES, _BINARY), **headers}}
 
 

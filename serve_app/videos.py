@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import quote
 
 from fastapi import Header, Query, Request
 from fastapi.responses import Response
@@ -141,7 +142,7 @@ async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Respon
         finished = await _unless_disconnected(request, parts.generate(params))
     headers = {
         "x-t2v-seed": str(finished.seed),
-        "x-t2v-model": model,
+        "x-t2v-model": quote(model, safe="/:@ "),  # it may be a folder's name, in any letters
         "x-t2v-size": f"{params.width}x{params.height}",
         "x-t2v-num-frames": str(params.num_frames),
         "x-t2v-fps": str(params.fps),

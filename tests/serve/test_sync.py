@@ -3,7 +3,9 @@
 import asyncio
 import math
 import time
+from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from api_service import error_of
@@ -31,6 +33,17 @@ async def test_sync_answers_with_the_video_and_its_seed(service: Any) -> None:
     }
     assert service.gpu.asked[0].prompt == "a"
     assert await service.jobs.num_queued() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "told"), [("модель", quote("модель")), ("100%\n", "100%25%0A"), ("a b/c-1.7@2:3", "a b/c-1.7@2:3")]
+)
+async def test_sync_names_its_model_whatever_the_name(service: Any, model: str, told: str) -> None:
+    service.app.state.parts = replace(service.app.state.parts, models=(model,))
+    service.gpu.may_finish.set()
+    response = await service.client.post("/v1/videos/sync", json={"prompt": "a"})
+    assert response.status_code == 200
+    assert response.headers["x-t2v-model"] == told
 
 
 async def test_sync_reads_multipart_too(service: Any) -> None:
