@@ -7,14 +7,14 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast, get_args
 
 from sse_starlette import ServerSentEvent
 
 from serve_app.artifacts import ArtifactStore
 from serve_app.errors import ArtifactGone, Unavailable
-from serve_app.jobs.model import ENDED, Job, JobStatus
+from serve_app.jobs.model import ENDED, Job, JobStatus, Removed
 from serve_app.jobs.store import JobStore
 from serve_app.schemas import video_object
 
@@ -122,7 +122,7 @@ class Sighting(NamedTuple):
     position: int | None
 
 
-_Mailbox = asyncio.Queue[Sighting | None]  # of one place: the latest
+_Mailbox = asyncio.Queue[Sighting | Removed | None]  # of one place: the latest; None ends the subscription
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ class Watcher:
     async def subscribe(self, job_id: str) -> AsyncGenerator[Sighting, None]:
         """The job as it is now, and again whenever it changes, until it is removed. Raises JobNotFound.
 
-        A slow reader misses states in between, never the latest.
+        A slow reader misses states in between, never the latest, and not the end of a job that was removed at once.
         """
         mailbox: _Mailbox = asyncio.Queue(maxsize=1)
         watched = self._watched.setdefault(job_id, _Watched(set()))
@@ -174,8 +174,13 @@ class Watcher:
         try:
             job = await self._jobs.get(job_id)
             yield Sighting(job, await self.position(job_id) if job.status == "queued" else None)
-            while (sighting := await mailbox.get()) is not None:
-                yield sighting
+            while (told := await mailbox.get()) is not None:
+                if isinstance(told, Removed):
+                    if not job.is_ended:
+                        yield Sighting(replace(job, eta_s=None, **told._asdict()), None)
+                    return
+                job = told.job
+                yield told
         finally:
             watched.mailboxes.discard(mailbox)
             if not watched.mailboxes and self._watched.get(job_id) is watched:
@@ -207,6 +212,7 @@ class Watcher:
         # told by the next one.
         asked = {job_id: frozenset(watched.mailboxes) for job_id, watched in self._watched.items()}
         jobs = await self._jobs.get_many(asked.keys())
+        removed = await self._jobs.removed(asked.keys() - jobs.keys())
         for job_id, mailboxes in asked.items():
             watched = self._watched.get(job_id)
             job = jobs.get(job_id)
@@ -215,7 +221,7 @@ class Watcher:
             if job is None:
                 for mailbox in mailboxes:
                     if not mailbox.full():  # what was seen last comes first
-                        mailbox.put_nowait(None)
+                        mailbox.put_nowait(removed.get(job_id))
                 continue
             sighting = Sighting(job, await self.position(job_id) if job.status == "queued" else None)
             if sighting != watched.last:

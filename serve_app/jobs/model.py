@@ -131,6 +131,13 @@ class Heartbeat:
     cancel_requested: set[str]
 
 
+class Removed(NamedTuple):
+    """How a job had ended that is not there any more."""
+
+    status: JobStatus
+    completed_at: float
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Part of a list of jobs."""

@@ -90,13 +90,16 @@ outbox = Table(
     Index("outbox_by_next", "next_at"),
 )
 
-# Where removed jobs stood in their owner's list, for a while: who is at a page that ended there goes on from it.
+# Removed jobs, for a while: where they stood in their owner's list, for who is at a page that ended there, and how they
+# had ended, for who watched and is told a moment later.
 removed = Table(
     "removed",
     metadata,
     Column("id", String(64), primary_key=True),
     Column("owner", Text, nullable=False),
     Column("created_at", Float(53), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("completed_at", Float(53), nullable=False),
     Column("removed_at", Float(53), nullable=False),
     Index("removed_by_time", "removed_at"),
 )

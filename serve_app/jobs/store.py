@@ -16,7 +16,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound, Unavailable
 from serve_app.jobs.database import Database, finished, lock, why_away
-from serve_app.jobs.model import ENDED, Artifact, Census, Change, Heartbeat, Job, JobStatus, NewJob, Page, Progress
+from serve_app.jobs.model import (
+    ENDED,
+    Artifact,
+    Census,
+    Change,
+    Heartbeat,
+    Job,
+    JobStatus,
+    NewJob,
+    Page,
+    Progress,
+    Removed,
+)
 from serve_app.jobs.queue import accepted_before, candidates, census, check_bound, enqueue, num_queued, positions
 from serve_app.jobs.schema import add_missing_columns, jobs, metadata, now_s, removed
 from serve_app.jobs.transitions import (
@@ -138,6 +150,15 @@ class JobStore:
         async with self.database.reading() as connection:
             rows = await connection.execute(select(jobs).where(jobs.c.id.in_(sorted(job_ids))))
             return {row.id: job_of(row) for row in rows}
+
+    @finished
+    async def removed(self, job_ids: Collection[str]) -> dict[str, Removed]:
+        """Those of the jobs that were removed not long ago."""
+        if not job_ids:
+            return {}
+        async with self.database.reading() as connection:
+            rows = await connection.execute(select(removed).where(removed.c.id.in_(sorted(job_ids))))
+            return {row.id: Removed(row.status, row.completed_at) for row in rows}
 
     @finished
     async def list(

@@ -97,9 +97,9 @@ async def end(
 
 
 async def remove(connection: AsyncConnection, where: ColumnElement[bool]) -> None:
-    """Take a row away, and keep its place in the list. Of two that do, one finds it."""
-    place = jobs.c.id, jobs.c.owner, jobs.c.created_at
-    for row in (await connection.execute(delete(jobs).where(where).returning(*place))).all():
+    """Take the row of an ended job away, and keep its place and its end. Of two that do, one finds it."""
+    kept = jobs.c.id, jobs.c.owner, jobs.c.created_at, jobs.c.status, jobs.c.completed_at
+    for row in (await connection.execute(delete(jobs).where(where).returning(*kept))).all():
         await connection.execute(insert(removed).values(**row._mapping, removed_at=now_s()))
 
 

@@ -287,6 +287,15 @@ async def test_events_of_a_cancelled_video_end_with_that(service: Service, conne
     assert isinstance(event, Cancelled)
 
 
+async def test_events_of_a_video_that_is_deleted_end_as_cancelled(service: Service, connect: Connect) -> None:
+    client = connect(service.url)
+    video = await client.do("create", "a")
+    events = client.each("events", video.id)
+    assert isinstance(await anext(events), Queued)
+    await client.do("delete", video.id)
+    assert [type(event) for event in await all_of(events)] == [Cancelled]
+
+
 async def test_events_of_a_failed_video_end_with_that(service: Service, connect: Connect) -> None:
     video = await service.create()
     await (await service.claim()).fail()

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 import pytest
@@ -184,12 +184,33 @@ async def test_closing_the_stream_cancels_nothing_and_stops_the_reader(service: 
     assert not job.cancel_requested
 
 
-async def test_a_video_that_is_removed_ends_its_streams(service: Any) -> None:
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_a_video_that_is_removed_while_it_lives_ends_as_cancelled(service: Any, is_running: bool) -> None:
     video = await service.create()
-    stream = events_of(service, video["id"])
-    await anext(stream)
-    await service.client.delete(f"/v1/videos/{video['id']}")
-    assert [event["event"] async for event in stream] in ([], ["cancelled"])
+    async with service.working(step_s=0.5) if is_running else nullcontext():
+        stream = events_of(service, video["id"])
+        while (await anext(stream))["event"] != ("progress" if is_running else "queued"):
+            pass
+        assert (await service.client.delete(f"/v1/videos/{video['id']}")).status_code == 200
+        *_, last = [event async for event in stream]
+    told = last["data"]
+    assert (last["event"], told["id"], told["status"], told["eta_s"]) == ("cancelled", video["id"], "cancelled", None)
+    assert told["completed_at"] >= told["created_at"]
+
+
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
+async def test_who_watches_is_told_the_true_end_of_a_video_that_was_removed_at_once(service: Any, end: str) -> None:
+    video = await service.create()
+    work = await service.claim()
+    watcher = Watcher(service.jobs, every_s=0.5)
+    async with aclosing(watcher.subscribe(video["id"])) as subscription:
+        assert (await anext(subscription)).job.status == "in_progress"
+        await asyncio.sleep(0.1)  # it has looked, and will in a while
+        await {"completed": work.complete, "failed": work.fail, "cancelled": work.cancelled}[end]()
+        ended = await service.jobs.delete(video["id"], "local")
+        *_, last = [sighting async for sighting in subscription]
+    assert (last.job.status, last.job.completed_at) == (end, ended.completed_at)
+    await watcher.close()
 
 
 async def test_a_preview_that_is_gone_is_left_out(service: Any, files: Any) -> None:
