@@ -1,13 +1,15 @@
 """The HTTP API: one table of its routes. Each takes its parts from `app.state.parts`, which whoever serves it fills."""
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from serve_app import videos
+from serve_app.cross_site import refuse_other_sites
 from serve_app.document import body, describe, errors, event_stream, files, made_now, polled
 from serve_app.failures import answer_errors
 from serve_app.parts import ApiParts, Finished, Limits, Owner, Parts
@@ -55,13 +57,14 @@ def create_app() -> FastAPI:
 
 def _add_videos(app: FastAPI) -> None:
     all_videos, one_video = "/v1/videos", "/v1/videos/{video_id}"
-    making = errors(400, 413, 415, 429)
+    making = errors(400, 403, 413, 415, 429)
     queueing = polled() | making | errors(422)
     reading = errors(400, 404, 409)
 
     add = app.add_api_route
+    change = partial(add, dependencies=[Depends(refuse_other_sites)])
     # Before {video_id}, which would take "sync" for an id.
-    add(
+    change(
         f"{all_videos}/sync",
         videos.make_video_now,
         methods=["POST"],
@@ -69,14 +72,14 @@ def _add_videos(app: FastAPI) -> None:
         responses=made_now() | making,
         openapi_extra=body(SyncVideo),
     )
-    add(
+    change(
         f"{all_videos}/edits",
         videos.edit_video,
         methods=["POST"],
         responses=queueing | errors(404),
         openapi_extra=body(EditVideo, file="video"),
     )
-    add(
+    change(
         all_videos,
         videos.create_video,
         methods=["POST"],
@@ -85,9 +88,9 @@ def _add_videos(app: FastAPI) -> None:
     )
     add(all_videos, videos.list_videos, methods=["GET"], responses=errors(400, 404))
     add(one_video, videos.get_video, methods=["GET"], responses=polled() | errors(404))
-    add(one_video, videos.delete_video, methods=["DELETE"], responses=errors(404, 409))
-    add(f"{one_video}/cancel", videos.cancel_video, methods=["POST"], responses=errors(404, 409))
-    add(
+    change(one_video, videos.delete_video, methods=["DELETE"], responses=errors(403, 404, 409))
+    change(f"{one_video}/cancel", videos.cancel_video, methods=["POST"], responses=errors(403, 404, 409))
+    change(
         f"{one_video}/remix",
         videos.remix_video,
         methods=["POST"],

@@ -45,6 +45,11 @@ class ApiKeys:
             return cls(known)
         return cls(known, _KeysFile(file, known))
 
+    @property
+    def are_needed(self) -> bool:
+        """Whether a call needs one. A file is never without any."""
+        return bool(self._digests) or self._file is not None
+
     def owner_of(self, authorization_header: str | None) -> str:
         """Whose key the header carries; "local" where there are no keys. Raises Unauthorized."""
         digests = self._file.digests() if self._file is not None else self._digests

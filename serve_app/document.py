@@ -14,6 +14,7 @@ Responses = dict[int | str, dict[str, Any]]
 _MEANINGS = {
     400: "A value is not allowed, or the body is damaged",
     401: "No API key, or one that is not known",
+    403: "A page of another site asks, and the service has no keys",
     404: "No such video of this key, or no such file",
     409: "Not in the state for this",
     413: "The body is too large",

@@ -7,6 +7,7 @@ T2VError
 ├── IdempotencyConflict  the key was used with another body
 ├── QueueFull            too many jobs or callers wait
 ├── Unauthorized         no key, or one that is not known
+├── CrossSite            a page of another site asks, and there are no keys
 ├── NotReady             the video is not made, so there is nothing to fetch
 ├── ArtifactGone         the file has expired or was removed
 ├── UnknownBody          a body that is neither JSON nor multipart
@@ -57,6 +58,10 @@ class Unauthorized(T2VError):
     """No API key, or one that is not known."""
 
 
+class CrossSite(T2VError):
+    """A page of another site asks, where nobody needs a key."""
+
+
 class NotReady(T2VError):
     """The job has made no video: it still runs, or it ended without one."""
 
@@ -100,6 +105,7 @@ HTTP_ANSWERS: Mapping[type[T2VError], HTTPAnswer] = {
     UnreadableVideo: HTTPAnswer(400, "invalid_request_error", "unreadable_video"),
     OutOfMemory: HTTPAnswer(400, "invalid_request_error", "out_of_memory"),
     Unauthorized: HTTPAnswer(401, "authentication_error", "invalid_api_key"),
+    CrossSite: HTTPAnswer(403, "invalid_request_error", "cross_site_request"),
     JobNotFound: HTTPAnswer(404, "invalid_request_error", "video_not_found"),
     ArtifactGone: HTTPAnswer(404, "invalid_request_error", "content_gone"),
     NotReady: HTTPAnswer(409, "invalid_request_error", "video_not_ready", is_final=True),

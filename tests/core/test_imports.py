@@ -141,7 +141,8 @@ SERVICE_ALLOWED = {
         "schemas",
         "sizes",
     },
-    "api": {"document", "failures", "parts", "schemas", "videos"},
+    "cross_site": {"errors", "parts"},
+    "api": {"cross_site", "document", "failures", "parts", "schemas", "videos"},
     "health": {"errors"},
     "text_encoder": {"config", "devices", "health", "job_logs", "metrics"},
     "decoder": {"calls", "config", "devices", "health", "job_logs", "memory", "metrics"},
@@ -244,7 +245,7 @@ LIBRARIES = {
         "owners",
         "remote",
     },
-    "fastapi": {"api", "content", "document", "failures", "ingress", "parts", "videos"},
+    "fastapi": {"api", "content", "cross_site", "document", "failures", "ingress", "parts", "videos"},
     "sqlalchemy": {"jobs"},
     "fsspec": {"bucket", "artifacts"},
 }

@@ -53,6 +53,57 @@ async def test_a_list_holds_the_callers_videos_alone(run_service: Any) -> None:
     error_of(await service.client.get("/v1/videos", params={"after": video["id"]}, headers=bob), 404)
 
 
+# Other sites' pages, where there are no keys
+
+
+CHANGING = [("POST", "/v1/videos"), ("POST", "/v1/videos/sync"), ("POST", "/v1/videos/edits")] + [
+    (method, f"/v1/videos/{UNKNOWN}{path}") for method, path in OWNED if method in ("POST", "DELETE")
+]
+EVIL = "https://evil.example"
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGING)
+async def test_without_keys_a_page_of_another_site_changes_nothing(shared_service: Any, method: str, path: str) -> None:
+    form = {"files": {"prompt": (None, "a")}} if method == "POST" else {}  # which a browser sends without asking
+    for headers in ({"origin": EVIL, "sec-fetch-site": "cross-site"}, {"origin": EVIL}, {"origin": "null"}):
+        response = await shared_service.client.request(method, path, headers=headers, **form)
+        error = error_of(response, 403)
+        assert error["code"] == "cross_site_request"
+        assert "keys" in error["message"]
+    assert await shared_service.jobs.num_queued() == 0
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},  # no browser
+        {"origin": "http://proxy.example", "host": "127.0.0.1:9", "sec-fetch-site": "same-origin"},
+        {"origin": "http://127.0.0.1:3000", "sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "none"},
+        {"origin": "http://video.lan", "host": "video.lan"},  # browsers judge https and this machine alone
+        {"origin": "http://[fd00::1]:8000", "host": "[fd00::1]:8000"},
+        {"origin": "http://video.lan", "host": "127.0.0.1:9", "x-forwarded-host": "video.lan, inner.lan"},
+    ],
+)
+async def test_its_own_page_and_who_is_no_page_may(service: Any, headers: dict[str, str]) -> None:
+    response = await service.client.post("/v1/videos", files={"prompt": (None, "a")}, headers=headers)
+    assert response.status_code == 200, response.text
+    assert (await service.client.delete(f"/v1/videos/{response.json()['id']}", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["", "http://[", "//", "http://127.0.0.1.evil.example", "http://evil.example:x"])
+async def test_an_origin_that_is_none_of_ours_is_another_site(shared_service: Any, origin: str) -> None:
+    response = await shared_service.client.post("/v1/videos", json={"prompt": "a"}, headers={"origin": origin})
+    error_of(response, 403)
+
+
+async def test_who_has_a_key_may_ask_from_any_page(run_service: Any) -> None:
+    service = await run_service(keys=KEYS, key=ALICE)
+    headers = {"origin": EVIL, "sec-fetch-site": "cross-site"}
+    response = await service.client.post("/v1/videos", json={"prompt": "a"}, headers=headers)
+    assert response.status_code == 200
+
+
 async def test_two_keys_may_use_the_same_idempotency_key(run_service: Any) -> None:
     service = await run_service(keys=KEYS)
     ids = set()

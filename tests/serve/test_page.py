@@ -38,6 +38,13 @@ LOSE_AN_ANSWER = """
         throw new TypeError("the connection broke");
     };
 """
+SEND_A_FORM = """
+    const form = Object.assign(document.createElement("form"), {
+        action: arguments[0], method: "POST", enctype: "multipart/form-data"});
+    form.append(Object.assign(document.createElement("input"), {name: "prompt", value: "spam"}));
+    document.body.append(form);
+    form.submit();
+"""
 
 
 class Page:
@@ -152,6 +159,19 @@ async def test_a_cancel_that_did_not_get_through_can_be_tried_again(driver: Chro
         page.says("status", "Cancelled")
 
     await asyncio.to_thread(cancel)
+
+
+async def test_a_page_of_another_site_cannot_have_a_video_made(driver: Chrome, service: Any) -> None:
+    def send_a_form_from(host: str) -> str:
+        driver.get(service.url.replace("127.0.0.1", host) + "/healthz")
+        driver.execute_script(SEND_A_FORM, f"{service.url}/v1/videos")
+        WebDriverWait(driver, WITHIN_S).until(lambda driver: driver.current_url.endswith("/v1/videos"))
+        return driver.page_source
+
+    assert "cross_site_request" in await asyncio.to_thread(send_a_form_from, "localhost")
+    assert await num_videos(service) == 0
+    assert "queued" in await asyncio.to_thread(send_a_form_from, "127.0.0.1")
+    assert await num_videos(service) == 1
 
 
 async def test_a_key_is_asked_for_until_it_is_one(driver: Chrome, tmp_path: Path, files: Files) -> None:
