@@ -121,7 +121,7 @@ SERVICE_ALLOWED = {
     "schemas": {"errors", "jobs"},
     "webhooks": {"config", "jobs"},
     "bodies": {"errors"},
-    "inputs": set(),
+    "inputs": {"sizes"},
     "requests": {"bodies", "inputs", "jobs", "schemas", "sizes"},
     "failures": {"errors", "requests", "schemas"},
     "document": {"schemas"},
