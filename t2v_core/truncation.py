@@ -5,6 +5,7 @@ from typing import BinaryIO
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska's outer elements
 _ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # what an mp4 or mov file may begin with
+_LATER_ISO_BOXES = (b"styp", b"moof", b"mfra", b"sidx", b"ssix", b"emsg", b"prft", b"meta", b"udta", b"uuid", b"pdin")
 _MAX_ISO_BOXES = 100_000
 
 
@@ -49,10 +50,19 @@ def _ebml_size(head: bytes, at: int) -> tuple[int, int]:
 
 
 def _iso_bytes(file: BinaryIO, num_bytes: int) -> int:
-    """Where the outermost boxes of an mp4 or mov file end (ISO 14496-12, 4.2)."""
+    """Where the outermost boxes of an mp4 or mov file end (ISO 14496-12, 4.2).
+
+    Cameras append what is no box: a whole film ends where, after its header and its data, no known box begins.
+    """
     at = 0
+    missing = {b"moov", b"mdat"}
     for _ in range(_MAX_ISO_BOXES):
         header = _bytes_at(file, at, 16)
+        kind = header[4:8]
+        is_known = any(known.startswith(kind) for known in (*_ISO_BOXES, *_LATER_ISO_BOXES))  # a cut one as well
+        if not missing and not is_known:
+            break
+        missing.discard(kind)
         size = int.from_bytes(header[:4], "big")
         if size == 1:
             size = int.from_bytes(header[8:16], "big")

@@ -28,6 +28,7 @@ from t2v_core.pictures import encode_spritesheet, encode_thumbnail
 from t2v_core.video_input import VideoLimits, read_metadata, read_video
 
 FORMATS: list[VideoFormat] = ["mp4", "webm", "gif"]
+IN_PARTS = {"movflags": "frag_keyframe+empty_moov"}  # as streams are recorded
 METADATA = {
     "prompt": 'Ein "Bär" – 熊 🐻\nsecond line\t\\ end',
     "Negative Prompt": "",
@@ -736,6 +737,24 @@ def test_an_mp4_cut_between_two_frames_is_an_error() -> None:
     for begin in begins:
         with pytest.raises(UnreadableVideo):
             read(data[:begin])
+
+
+@pytest.mark.parametrize("tail", [b"GPS 52.5N 13.4E " * 40, b"\xff" * 70_000])
+def test_what_a_camera_appends_to_an_mp4_is_no_damage(tail: bytes) -> None:
+    data = encode_video(smooth_motion(8, 64, 64), fps=24)
+    whole_in_parts = mux(counting(24), "mp4", "libx264", "yuv420p", options={"g": "6"}, muxer_options=IN_PARTS)
+    assert len(read(data + tail)) == 8
+    assert len(read(whole_in_parts + tail)) == 24
+
+
+def test_an_mp4_in_parts_that_is_cut_off_is_an_error() -> None:
+    data = mux(counting(24), "mp4", "libx264", "yuv420p", options={"g": "6"}, muxer_options=IN_PARTS)
+    parts = [found.start() - 4 for found in re.finditer(b"moof|mdat", data)]
+    assert len(parts) == 8
+    for begin in parts:
+        for end in (begin + 5, begin + 8, begin + 20):
+            with pytest.raises(UnreadableVideo):
+                read(data[:end])
 
 
 def test_a_packet_lost_on_the_way_is_an_error() -> None:
