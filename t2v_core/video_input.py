@@ -188,6 +188,8 @@ def _video_stream(video: _Input) -> VideoStream:
     """The first stream of moving pictures, checked against the limits before anything is decoded."""
     name, container, _, limits = video
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if any(s.disposition & Disposition.dependent for s in streams):
+        raise UnreadableVideo(f"{name}: it is a picture in tiles, as phones store HEIC: save it as JPEG or PNG")
     if not streams:
         raise UnreadableVideo(f"{name}: it holds no video stream: send a video, not only sound")
     stream = streams[0]

@@ -677,6 +677,49 @@ def test_grey_is_exact_and_what_is_transparent_is_black() -> None:
     assert (shown[0].double() - colour.double() * ramp / 255).abs().max() <= 0.51
 
 
+def test_a_picture_in_tiles_is_refused_and_not_taken_for_its_first_tile() -> None:
+    with pytest.raises(UnreadableVideo, match="picture in tiles, as phones store HEIC: save it as JPEG or PNG"):
+        read_video(tiled_heic(), width=128, height=64, fps=24)
+
+
+def tiled_heic() -> bytes:
+    """Two pictures of 64x64 side by side (ISO 23008-12, 6.6.2.3), of JPEG, which FFmpeg reads there as well."""
+    tiles = [encode_thumbnail(counting(24)[level : level + 1], format="jpeg") for level in (4, 20)]
+
+    def box(kind: bytes, *parts: bytes) -> bytes:
+        return struct.pack(">I", 8 + sum(map(len, parts))) + kind + b"".join(parts)
+
+    def full(kind: bytes, version: int, *parts: bytes) -> bytes:
+        return box(kind, struct.pack(">I", version << 24), *parts)
+
+    def entry(item: int, kind: bytes) -> bytes:
+        return full(b"infe", 2, struct.pack(">HH4sx", item, 0, kind))
+
+    def meta(begin: int) -> bytes:
+        """Item 1 is the grid, kept in idat; 2 and 3 are the tiles, from `begin` on in the file."""
+        places = [(1, 1, 0, 8), (2, 0, begin, len(tiles[0])), (3, 0, begin + len(tiles[0]), len(tiles[1]))]
+        extents = [struct.pack(">HHHHII", item, method, 0, 1, at, size) for item, method, at, size in places]
+        sizes = [full(b"ispe", 0, struct.pack(">II", w, 64)) for w in (64, 128)]
+        return full(
+            b"meta",
+            0,
+            full(b"hdlr", 0, b"\0\0\0\0pict", bytes(13)),
+            full(b"pitm", 0, struct.pack(">H", 1)),
+            full(b"iloc", 1, struct.pack(">HH", 0x4400, 3), *extents),
+            full(b"iinf", 0, struct.pack(">H", 3), entry(1, b"grid"), entry(2, b"jpeg"), entry(3, b"jpeg")),
+            full(b"iref", 0, box(b"dimg", struct.pack(">HHHH", 1, 2, 2, 3))),
+            box(
+                b"iprp",
+                box(b"ipco", *sizes),
+                full(b"ipma", 0, struct.pack(">IHBBHBBHBB", 3, 1, 1, 2, 2, 1, 1, 3, 1, 1)),
+            ),
+            box(b"idat", struct.pack(">BBBBHH", 0, 0, 0, 1, 128, 64)),
+        )
+
+    head = box(b"ftyp", b"heic\0\0\0\0mif1heic")
+    return head + meta(len(head) + len(meta(0)) + 8) + box(b"mdat", *tiles)
+
+
 def test_odd_sizes_are_read() -> None:
     frames = smooth_motion(2, 63, 97)
     data = mux(frames, "matroska", "ffv1", "yuv420p")
