@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from fractions import Fraction
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import av
 import torch
 from av.container import InputContainer
+from av.filter import Graph
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
@@ -36,6 +39,8 @@ _DEMUXERS = (
     "gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"  # pictures
 )
 _COLORSPACE_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+# Of FFmpeg's AVFrameSideDataType, EXIF among them: PyAV 18 has no names for these, and fails where a frame has any.
+_NAMELESS_SIDE_DATA = range(28, 40)
 _TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
@@ -302,11 +307,31 @@ def _damaged(name: str, intact_s: Fraction) -> UnreadableVideo:
 
 def _cover(frame: av.VideoFrame, stream: VideoStream, width: int, height: int) -> Tensor:
     """The upright frame, scaled to cover the size and cropped around its centre: (height, width, 3)."""
-    image = torch.rot90(_rgb(frame), k=round(frame.rotation / 90), dims=(0, 1))
+    a, b, c, d = _display_matrix(frame)
     pixel_aspect = float(stream.sample_aspect_ratio or 1)
-    if round(frame.rotation / 90) % 2:
-        pixel_aspect = 1 / pixel_aspect
+    image = _rgb(frame)
+    if abs(b) > abs(a):  # x and y change places
+        image, pixel_aspect = image.transpose(0, 1), 1 / pixel_aspect
+        a, d = c, b
+    image = image.flip([dim for dim, factor in ((1, a), (0, d)) if factor < 0])
     return cover(image[None], height, width, pixel_aspect)[0]
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """Where the frame's pixels go: (x, y) to (a x + c y, b x + d y), but for its place (ISO 14496-12, 6.2.2)."""
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    drops = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in _NAMELESS_SIDE_DATA]
+    # a small copy: PyAV's side data and its frame hold each other until garbage is collected
+    small = graph.add("crop", "w=1:h=1:exact=1"), graph.add("copy")
+    graph.link_nodes(source, *drops, *small, graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    side_data = cast(SideDataContainer, graph.vpull().side_data)  # which is not what PyAV declares
+    if Type.DISPLAYMATRIX not in side_data:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data[Type.DISPLAYMATRIX]))
+    return a, b, c, d
 
 
 def _rgb(frame: av.VideoFrame) -> Tensor:

@@ -626,7 +626,8 @@ def test_pixels_that_are_not_square_are_shown_as_they_should_look() -> None:
     stripes = torch.zeros(1, 96, 96, 3, dtype=torch.uint8)
     stripes[:, :, 24:72, 1] = 255
     data = mux(stripes, "mov", "png", "rgb24", pixel_aspect=Fraction(2))
-    assert read_video(data, width=96, height=96, fps=24)[0].double().mean((0, 1)).tolist() == [0, 255, 0]
+    for turned in (data, shown_through(data, (0, 1, -1, 0)), shown_through(data, (0, 1, 1, 0))):
+        assert read_video(turned, width=96, height=96, fps=24)[0].double().mean((0, 1)).tolist() == [0, 255, 0]
 
 
 @pytest.mark.parametrize(
@@ -636,20 +637,54 @@ def test_pixels_that_are_not_square_are_shown_as_they_should_look() -> None:
         ((0, 1, -1, 0), (0, -1)),  # a phone held upright: shown turned by 90 degrees clockwise
         ((-1, 0, 0, -1), (-1, -1)),
         ((0, -1, 1, 0), (-1, 0)),
+        ((-1, 0, 0, 1), (0, -1)),  # these are mirrored, as some phones store selfies
+        ((1, 0, 0, -1), (-1, 0)),
+        ((0, 1, 1, 0), (0, 0)),
+        ((0, -1, -1, 0), (-1, -1)),
     ],
 )
 def test_a_phone_video_is_upright(matrix: tuple[int, int, int, int], corner: tuple[int, int]) -> None:
-    frames = torch.zeros(2, 64, 128, 3, dtype=torch.uint8)
-    frames[:, :16, :16] = 255  # the corner where the stored picture begins
-    data = bytearray(encode_video(frames, fps=24))
+    data = shown_through(encode_video(white_corner(2), fps=24), matrix)
+    upright = (64, 128) if matrix[0] else (128, 64)
+    assert white_corners(read_video(data, height=upright[0], width=upright[1], fps=24)[0]) == [corner]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner"),
+    [(1, (0, 0)), (2, (0, -1)), (3, (-1, -1)), (4, (-1, 0)), (5, (0, 0)), (6, (0, -1)), (7, (-1, -1)), (8, (-1, 0))],
+)
+@pytest.mark.parametrize("image_format", ["jpeg", "png"])
+def test_a_photo_is_upright(image_format: str, orientation: int, corner: tuple[int, int]) -> None:
+    # Exif 2.32, 4.6: a TIFF header, and a directory of the one tag 0x0112
+    exif = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, orientation) + bytes(4)
+    data = encode_thumbnail(white_corner(1), format=image_format)  # type: ignore[arg-type]
+    if image_format == "jpeg":
+        begin, segment = 2, b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
+    else:
+        checksum = zlib.crc32(b"eXIf" + exif)
+        begin, segment = 33, struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", checksum)
+    photo = data[:begin] + segment + data[begin:]
+    upright = (64, 128) if orientation < 5 else (128, 64)
+    assert white_corners(read_video(photo, height=upright[0], width=upright[1], fps=24)[0]) == [corner]
+
+
+def white_corner(num_frames: int) -> Tensor:
+    """Black, but for the corner where the stored picture begins."""
+    frames = torch.zeros(num_frames, 64, 128, 3, dtype=torch.uint8)
+    frames[:, :16, :16] = 255
+    return frames
+
+
+def white_corners(image: Tensor) -> list[tuple[int, int]]:
+    return [(y, x) for y in (0, -1) for x in (0, -1) if image[y * 8 or 4, x * 8 or 4, 0] > 200]
+
+
+def shown_through(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """The mp4 or mov file with another display matrix."""
     # ISO 14496-12, 8.3.2: the matrix begins 40 bytes into the track header, rows of (a, b, u), 16.16 and 2.30
     at = data.index(b"tkhd") + 4 + 40
     a, b, c, d = (value * 65536 for value in matrix)
-    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    upright = (64, 128) if matrix[0] else (128, 64)
-    image = read_video(bytes(data), height=upright[0], width=upright[1], fps=24)[0]
-    corners = {(y, x): int(image[y * 8 or 4, x * 8 or 4, 0]) for y in (0, -1) for x in (0, -1)}
-    assert [place for place, level in corners.items() if level > 200] == [corner]
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
 
 
 def test_a_gif_and_pictures_are_videos_too() -> None:
