@@ -64,8 +64,11 @@ validate: $(VENV)/.installed-test
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info
 
+# A half environment would pass for a whole one at the next call: bin/python is there before pip is.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON): must be Python 3.11 or later; name one: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .

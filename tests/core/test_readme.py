@@ -1,6 +1,8 @@
 """What the README says works, word by word."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,31 @@ def test_the_options_named_exist():
     assert commands
     for option in re.findall(r"\s(--?[a-z][a-z-]*)", "\n".join(commands)):
         assert option in options
+
+
+def set_up(folder: Path, python_script: str) -> subprocess.CompletedProcess[str]:
+    """`make` up to an environment, with a Python that is this script."""
+    python = folder / "python3.x"
+    python.write_text(f"#!/bin/sh\n{python_script}\n")
+    python.chmod(0o755)
+    command = ["make", "-C", str(folder), "-f", str(ROOT / "Makefile"), f"PYTHON={python}", ".venv/bin/python"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_first_set_up_that_fails_leaves_nothing_for_the_second_to_trip_over(tmp_path):
+    # as Debian's Python does without python3-venv
+    fails = f'[ "$2" = venv ] && {sys.executable} -m venv --without-pip "$3" && exit 1; exec {sys.executable} "$@"'
+    failed = set_up(tmp_path, fails)
+    assert failed.returncode != 0
+    assert not (tmp_path / ".venv").exists()
+    done = set_up(tmp_path, f'[ "$2" = venv ] && set -- "$@" --without-pip; exec {sys.executable} "$@"')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".venv" / "pyvenv.cfg").exists()
+
+
+def test_a_python_that_is_too_old_is_told_with_the_remedy(tmp_path):
+    old = f'[ "$1" = -c ] && set -- -c "import sys; sys.version_info = (3, 10); $2"; exec {sys.executable} "$@"'
+    failed = set_up(tmp_path, old)
+    assert failed.returncode != 0
+    assert "must be Python 3.11 or later; name one: make PYTHON=python3.11" in failed.stderr
+    assert not (tmp_path / ".venv").exists()
