@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from t2v_core.config import (
     AutoencoderConfig,
@@ -162,13 +162,18 @@ class _UNetFile(_ConfigFile):
         "mid_block_scale_factor": 1,
     }
     may_be_anything = {"sample_size"}
-    block_out_channels: tuple[int, ...]
+    block_out_channels: tuple[PositiveInt, ...]
     down_block_types: tuple[Literal["CrossAttnDownBlock3D", "DownBlock3D"], ...]
     up_block_types: tuple[Literal["CrossAttnUpBlock3D", "UpBlock3D"], ...]
-    layers_per_block: int
-    cross_attention_dim: int
-    attention_head_dim: int
-    norm_num_groups: int = 32
+    layers_per_block: PositiveInt
+    cross_attention_dim: PositiveInt
+    attention_head_dim: PositiveInt
+    norm_num_groups: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _channels_fall_into_groups(self) -> Self:
+        _check_groups(self.norm_num_groups, self.block_out_channels)
+        return self
 
     @model_validator(mode="after")
     def _the_way_up_mirrors_the_way_down(self) -> Self:
@@ -195,21 +200,32 @@ class _AutoencoderFile(_ConfigFile):
         "use_post_quant_conv": True,
     }
     may_be_anything = {"sample_size", "force_upcast"}
-    block_out_channels: tuple[int, int, int, int]
-    layers_per_block: int
-    norm_num_groups: int = 32
+    block_out_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+    layers_per_block: PositiveInt
+    norm_num_groups: PositiveInt = 32
     scaling_factor: float = 0.18215
     mid_block_add_attention: bool = True
+
+    @model_validator(mode="after")
+    def _channels_fall_into_groups(self) -> Self:
+        _check_groups(self.norm_num_groups, self.block_out_channels)
+        return self
 
 
 class _TextEncoderFile(BaseModel):
     hidden_act: Literal["gelu"]
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    vocab_size: int = 49408
-    max_position_embeddings: int = 77
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_hidden_layers: PositiveInt
+    vocab_size: PositiveInt = 49408
+    max_position_embeddings: PositiveInt = 77
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads")
+        return self
 
 
 class _SchedulerFile(BaseModel):
@@ -234,3 +250,8 @@ class _GenerationFile(BaseModel):
     guidance_scale: float
     sampler: SamplerName
     strength: float
+
+
+def _check_groups(groups: int, channels: tuple[int, ...]) -> None:
+    if any(count % groups for count in channels):
+        raise ValueError(f"all of block_out_channels {channels} must be multiples of norm_num_groups {groups}")

@@ -307,6 +307,12 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(checkpoint):
         ("text_encoder/config.json", {"hidden_size": 64}, "64 wide and the UNet reads 32"),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
         ("generation_config.json", {"width": None}, "width"),
+        ("unet/config.json", {"norm_num_groups": 0}, "norm_num_groups is 0"),
+        ("unet/config.json", {"norm_num_groups": 3}, "must be multiples of norm_num_groups 3"),
+        ("unet/config.json", {"attention_head_dim": 0}, "attention_head_dim is 0"),
+        ("vae/config.json", {"norm_num_groups": 0}, "norm_num_groups is 0"),
+        ("text_encoder/config.json", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ("text_encoder/config.json", {"num_attention_heads": 5}, "must be a multiple of num_attention_heads"),
     ],
 )
 def test_a_setting_that_this_model_does_not_have_is_named(checkpoint, path, change, message):
