@@ -55,8 +55,9 @@ def open_checkpoint(
         folder = _fetch(name, revision, half, networks)
     markers = [layout.MARKER for layout in _LAYOUTS if (folder / layout.MARKER).is_file()]
     checkpoint: Checkpoint = _layout(markers, name).open_folder(folder, name, half, networks)
-    family_name = Path(name).name
-    if family_name in _FAMILY and checkpoint.config.defaults == GenerationDefaults():
+    # A link may carry the name, or what it leads to; "." has neither.
+    family_name = next((known for known in (Path(name).name, public_name(model)) if known in _FAMILY), None)
+    if family_name is not None and checkpoint.config.defaults == GenerationDefaults():
         config = dataclasses.replace(checkpoint.config, defaults=_FAMILY[family_name])
         checkpoint = dataclasses.replace(checkpoint, config=config)
     return checkpoint

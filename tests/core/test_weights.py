@@ -498,6 +498,26 @@ def test_a_checkpoint_of_the_family_is_known_by_its_name(tiny_checkpoint, tmp_pa
     assert (defaults.width, defaults.height, defaults.num_frames) == (576, 320, 24)
 
 
+@pytest.mark.parametrize(
+    "called", [".", "../zeroscope_v2_576w/", "unet/..", "../link", "../potat1/../zeroscope_v2_576w"]
+)
+def test_a_checkpoint_of_the_family_is_known_however_its_folder_is_called(
+    tiny_checkpoint, tmp_path, monkeypatch, called
+):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "zeroscope_v2_576w")
+    (folder / "generation_config.json").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "potat1").mkdir()
+    monkeypatch.chdir(folder)
+    assert open_checkpoint(called).config.defaults.width == 576
+
+
+def test_a_link_may_carry_the_name_of_a_checkpoint_of_the_family(checkpoint, tmp_path):
+    (checkpoint / "generation_config.json").unlink()
+    (tmp_path / "zeroscope_v2_576w").symlink_to(checkpoint)
+    assert open_checkpoint(tmp_path / "zeroscope_v2_576w").config.defaults.width == 576
+
+
 def test_converting_keeps_every_tensor_and_setting(tiny_checkpoint, tmp_path):
     convert(open_checkpoint(tiny_checkpoint), tmp_path / "copy", torch.float32)
     assert_equal_tensors(tensors_of(tmp_path / "copy"), tensors_of(tiny_checkpoint))
