@@ -3,12 +3,14 @@
 import logging
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -121,7 +123,7 @@ def convert(
     console = _console()
     with errors_explained(console):
         checkpoint = open_checkpoint(source, revision=revision, half=dtype == "fp16")
-        with console.status(Text(f"Converting {source}")):
+        with console.status(Text(f"Converting {source}")), _cleared_up_when_ended():
             convert_checkpoint(checkpoint, destination, DTYPES[dtype])
         console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
 
@@ -137,7 +139,7 @@ def random_checkpoint(
     console = _console()
     with errors_explained(console):
         config = TINY if size == "tiny" else ModelConfig()
-        with console.status("Drawing weights"):
+        with console.status("Drawing weights"), _cleared_up_when_ended():
             write_random_checkpoint(destination, config, seed=seed, dtype=DTYPES[dtype])
         console.print(f"{destination}: written in {dtype}", soft_wrap=True, highlight=False)
 
@@ -170,7 +172,8 @@ def _check_before_loading(prompt: str, settings: Settings, input_video: Path | N
 def _save(video: Video, destination: Path, crf: int | None) -> None:
     """Write the video, or keep it elsewhere if that fails: it may have taken an hour."""
     try:
-        video.save(destination, crf=crf)
+        with _cleared_up_when_ended():
+            video.save(destination, crf=crf)
     except OutputError as error:
         kept = video.save(Path(tempfile.mkdtemp(prefix="t2v-")) / destination.name, crf=crf)
         raise OutputError(f"{error}. The video is kept as {kept}") from error
@@ -214,6 +217,26 @@ def errors_explained(console: Console) -> Iterator[None]:
     except T2VError as error:
         console.print(f"Error: {error}", markup=False, soft_wrap=True, highlight=False)
         raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
+
+
+@contextmanager
+def _cleared_up_when_ended() -> Iterator[None]:
+    """SIGTERM and SIGHUP are exits here, so that what is half-written goes, with the code that shells expect."""
+    # under nohup, SIGHUP is ignored, and stays so
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # shells and terminals may send several
+        sys.exit(128 + signum)
+
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _console() -> Console:

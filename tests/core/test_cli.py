@@ -194,6 +194,22 @@ def test_convert_writes_a_checkpoint_that_generates_the_same(tiny_checkpoint, tm
     assert "already exists" in again.stderr
 
 
+@pytest.mark.parametrize("command", ["convert", "random-checkpoint"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_weights_are_written_leaves_nothing(tiny_checkpoint, tmp_path, command, number):
+    arguments = [command, *([str(tiny_checkpoint)] if command == "convert" else []), str(tmp_path / "new")]
+    script = (
+        "import os, sys, t2v_core.cli;"
+        f"module = sys.modules['t2v_core.weights.{'convert' if command == 'convert' else 'random_init'}'];"
+        f"module.write_autoencoder = lambda *_: [os.kill(os.getpid(), {number:d}) for _ in range(2)];"
+        "t2v_core.cli.app()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_hub_id_is_fetched_once_and_without_what_is_not_needed(tiny_checkpoint, tmp_path):
     repository = shutil.copytree(tiny_checkpoint, tmp_path / "repository")
     (repository / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not needed")
