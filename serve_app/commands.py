@@ -271,9 +271,13 @@ def _format_of(output: Path, format: VideoFormat | None) -> VideoFormat:
 
 
 def _check_folder(output: Path) -> None:
-    if not output.parent.is_dir():
+    try:
+        has_folder, is_folder = output.parent.is_dir(), output.is_dir()
+    except OSError as error:  # too long a name, or a folder that is closed to us
+        raise ApiError(f"output {output}: cannot be written ({error.strerror}); choose another path") from error
+    if not has_folder:
         raise ApiError(f"output {output}: there is no folder {output.parent}; create it first")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if is_folder or not os.access(output.parent, os.W_OK):
         raise ApiError(f"output {output}: a file cannot be written there; choose another path")
 
 

@@ -21,12 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from t2v_core.config import MAX_CACHED_STEPS, DType, GenerationDefaults, ModelConfig, Precision, SamplerName
-from t2v_core.errors import InvalidRequest, OutputError, T2VError, UnreadableVideo
+from t2v_core.errors import InvalidRequest, OutputError, T2VError
 from t2v_core.media import VideoFormat, check_encoding, video_format_of
-from t2v_core.params import GenerationParams, Settings, check_strength, resolve
+from t2v_core.params import MAX_SEED, GenerationParams, Settings, check_strength, resolve
 from t2v_core.pipeline import DTYPES, Pipeline, load
 from t2v_core.video import Video
-from t2v_core.weights import DEMO, open_checkpoint
+from t2v_core.video_input import read_video
+from t2v_core.weights import DEMO, check_new, open_checkpoint
 from t2v_core.weights import convert as convert_checkpoint
 from t2v_core.weights.random_init import TINY, write_random_checkpoint
 
@@ -122,6 +123,7 @@ def convert(
     """Write a checkpoint in the diffusers layout, as safetensors."""
     console = _console()
     with errors_explained(console):
+        check_new(destination)
         checkpoint = open_checkpoint(source, revision=revision, half=dtype == "fp16")
         with console.status(Text(f"Converting {source}")), _cleared_up_when_ended():
             convert_checkpoint(checkpoint, destination, DTYPES[dtype])
@@ -133,7 +135,7 @@ def random_checkpoint(
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     size: Annotated[Literal["tiny", "full"], typer.Option(help="full is as large as the released model.")] = "tiny",
     dtype: Annotated[DType, typer.Option()] = "fp32",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Write a checkpoint of random weights, to try or to measure without a download. Its videos show nothing."""
     console = _console()
@@ -157,16 +159,17 @@ def _generate(console: Console, pipeline: Pipeline, params: GenerationParams) ->
 
 def _check_before_loading(prompt: str, settings: Settings, input_video: Path | None, crf: int | None) -> None:
     """Find a mistake before gigabytes are fetched for it, as far as the checkpoint need not be known."""
+    strength = settings.get("strength")
     if input_video is not None:
-        if not input_video.is_file():
-            raise UnreadableVideo(f"{input_video}: no such file; name a video")
-        if (strength := settings.get("strength")) is not None:
-            check_strength(strength)
         settings = {**settings, "strength": None}  # without the video, it would be one too many
     if settings.get("eta") is not None and settings.get("sampler") is None:
         settings = {**settings, "sampler": "ddim"}  # as the checkpoint's default may be
     params = resolve(prompt, settings, GenerationDefaults())
     check_encoding(params.format, params.fps, crf)
+    if input_video is not None:
+        if strength is not None:
+            check_strength(strength, settings.get("num_inference_steps"))
+        read_video(input_video, width=params.width, height=params.height, fps=params.fps, num_frames=1)
 
 
 def _save(video: Video, destination: Path, crf: int | None) -> None:
@@ -189,9 +192,13 @@ def _destination(output: Path | None, format: VideoFormat | None) -> Path:
         output = output.with_name(f"{output.name}.{format}")
     if format not in (None, video_format_of(output)):
         raise InvalidRequest(f"format {format} for {output}: they differ; leave one out", param="format")
-    if not output.parent.is_dir():
+    try:
+        has_folder, is_folder = output.parent.is_dir(), output.is_dir()
+    except OSError as error:  # too long a name, or a folder that is closed to us
+        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another path") from error
+    if not has_folder:
         raise OutputError(f"{output}: there is no folder {output.parent}; create it first")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if is_folder or not os.access(output.parent, os.W_OK):
         raise OutputError(f"{output}: a file cannot be written there; choose another path")
     return output
 

@@ -106,13 +106,7 @@ class GenerationParams:
             return
         if self.strength is None:
             raise InvalidRequest("strength is missing: an input video needs one in (0, 1]", param="strength")
-        check_strength(self.strength)
-        if int(self.num_inference_steps * self.strength) < 1:
-            raise InvalidRequest(
-                f"strength {self.strength} of {self.num_inference_steps} steps is less than one step: "
-                f"use a strength of at least {math.ceil(1e4 / self.num_inference_steps) / 1e4}, or more steps",
-                param="strength",
-            )
+        check_strength(self.strength, self.num_inference_steps)
         expected = (*self.shape, 3)
         if tuple(self.video.shape) != expected or self.video.dtype != torch.uint8:
             raise InvalidRequest(
@@ -180,9 +174,15 @@ def resolve(
     return dataclasses.replace(params, num_frames=len(frames), strength=strength, video=frames)
 
 
-def check_strength(strength: float) -> None:
-    """Raises InvalidRequest for a strength that no request can have."""
+def check_strength(strength: float, num_inference_steps: int | None) -> None:
+    """Raises InvalidRequest for a strength that no request can have, or none of so many steps."""
     _check_float("strength", strength, 0.0, 1.0)
+    if num_inference_steps is not None and int(num_inference_steps * strength) < 1:
+        raise InvalidRequest(
+            f"strength {strength} of {num_inference_steps} steps is less than one step: "
+            f"use a strength of at least {math.ceil(1e4 / num_inference_steps) / 1e4}, or more steps",
+            param="strength",
+        )
 
 
 def _frames_of(video: Tensor, num_frames: int, params: GenerationParams) -> Tensor:

@@ -39,8 +39,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
     Raises OutputError where the destination exists or cannot be written.
     """
-    if destination.exists():
-        raise OutputError(f"{destination}: already exists; remove it, or choose another folder")
+    check_new(destination)
     unfinished: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +48,20 @@ def new_folder(destination: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.rename(destination)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-        raise OutputError(
-            f"{destination}: cannot be written ({error}); free space, or choose another folder"
-        ) from error
+        raise _unwritable(destination, error) from error
     finally:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_new(destination: Path) -> None:
+    """Raises OutputError where a folder of this name exists or cannot be told from one that does."""
+    try:
+        exists = destination.exists()
+    except OSError as error:  # too long a name, or a folder that is closed to us
+        raise _unwritable(destination, error) from error
+    if exists:
+        raise OutputError(f"{destination}: already exists; remove it, or choose another folder")
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
@@ -78,6 +85,10 @@ def write_autoencoder(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_text_encoder(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """A text encoder's weights, by our names; the file carries CLIPTextModel's."""
     _write(folder / "text_encoder" / "model.safetensors", text_tower_to_clip(dict(tensors)))
+
+
+def _unwritable(destination: Path, error: Exception) -> OutputError:
+    return OutputError(f"{destination}: cannot be written ({error}); free space, or choose another folder")
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

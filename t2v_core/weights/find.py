@@ -53,8 +53,11 @@ def open_checkpoint(
         folder = Path(model).expanduser()
     else:
         folder = _fetch(name, revision, half, networks)
-    markers = [layout.MARKER for layout in _LAYOUTS if (folder / layout.MARKER).is_file()]
-    checkpoint: Checkpoint = _layout(markers, name).open_folder(folder, name, half, networks)
+    try:
+        markers = [layout.MARKER for layout in _LAYOUTS if (folder / layout.MARKER).is_file()]
+        checkpoint: Checkpoint = _layout(markers, name).open_folder(folder, name, half, networks)
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be read ({error}); permit it, or give another") from error
     # A link may carry the name, or what it leads to; "." has neither.
     family_name = next((known for known in (Path(name).name, public_name(model)) if known in _FAMILY), None)
     if family_name is not None and checkpoint.config.defaults == GenerationDefaults():

@@ -103,6 +103,11 @@ def test_video_to_video_and_every_format(tiny_checkpoint, tmp_path):
         (["--model", "org/unknown", "--input-video", "missing.mp4"], 2, "missing.mp4"),
         (["--model", "org/unknown", "--crf", "99"], 2, "crf 99"),
         (["--model", "org/unknown", "--input-video", __file__, "--strength", "1.5"], 2, "strength 1.5"),
+        (["--model", "org/unknown", "--input-video", __file__, "--strength", "0.1"], 2, "less than one step"),
+        (["--model", "org/unknown", "--input-video", __file__], 2, "check that it plays"),
+        (["--input-video", f"{'x' * 300}.mp4"], 2, "File name too long"),
+        (["-o", f"{'x' * 300}.mp4"], 1, "cannot be written (File name too long); choose another path"),
+        (["-o", f"{'x' * 300}/panda.mp4"], 1, "cannot be written (File name too long); choose another path"),
         (["--model", "org/unknown", "--eta", "2"], 2, "eta 2.0"),
         (["--model", "org/unknown", "--eta", "0.5", "--sampler", "euler"], 2, "only ddim has an eta"),
         (["--eta", "0.5"], 2, "eta 0.5 with sampler dpmpp_2m"),
@@ -192,6 +197,25 @@ def test_convert_writes_a_checkpoint_that_generates_the_same(tiny_checkpoint, tm
     again = t2v("convert", tiny_checkpoint, tmp_path / "converted")
     assert again.returncode == 1
     assert "already exists" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["convert", "org/unknown", "."], 1, ".: already exists; remove it"),
+        (["convert", "org/unknown", "x" * 300], 1, "File name too long"),
+        (["convert", "demo", f"{'x' * 300}/new"], 1, "File name too long"),
+        (["random-checkpoint", "x" * 300], 1, "File name too long"),
+        (["random-checkpoint", "new", "--seed", "9" * 23], 2, "less than or equal to 4294967295"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "500")
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, type(done.exception)) == (code, SystemExit)
+    assert message in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["convert", "random-checkpoint"])

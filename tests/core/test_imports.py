@@ -92,7 +92,7 @@ ALLOWED = {
         "video",
         "weights",
     },
-    "cli": {"config", "errors", "media", "params", "pipeline", "video", "weights"},
+    "cli": {"config", "errors", "media", "params", "pipeline", "video", "video_input", "weights"},
     "__init__": {"errors", "params", "pipeline", "trajectory", "video"},
 }
 # The same of serve_app. All of it may use t2v_core.

@@ -410,6 +410,22 @@ def test_a_file_that_may_not_be_read_is_told_so_and_not_called_damaged(checkpoin
         open_checkpoint(checkpoint).read("unet")
 
 
+def test_a_checkpoint_whose_folder_is_closed_is_a_clear_error(checkpoint):
+    checkpoint.chmod(0o600)
+    with without_the_powers_of_root(), pytest.raises(CheckpointError, match=r"cannot be read .*Permission denied"):
+        open_checkpoint(checkpoint)
+    checkpoint.chmod(0o700)
+
+
+def test_converting_into_a_closed_folder_is_a_clear_error(tiny_checkpoint, tmp_path):
+    opened = open_checkpoint(tiny_checkpoint)
+    (tmp_path / "closed" / "in").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    with without_the_powers_of_root(), pytest.raises(OutputError, match=r"cannot be written .*Permission denied"):
+        convert(opened, tmp_path / "closed" / "in" / "new", torch.float32)
+    (tmp_path / "closed").chmod(0o700)
+
+
 @contextmanager
 def without_the_powers_of_root():
     """Root may read any file but for these two capabilities, which this thread lays down meanwhile."""

@@ -205,6 +205,8 @@ async def test_cancel_of_a_running_video_says_that_it_still_stops(service: Servi
         (["submit", "a", "--output", "a.avi"], "output a.avi: must end in .mp4, .webm, .gif"),
         (["submit", "a", "--output", "a.gif", "--format", "mp4"], "format mp4 for a.gif: they differ"),
         (["submit", "a", "--output", "no/folder/a.mp4"], "there is no folder no/folder; create it first"),
+        (["submit", "a", "--output", f"{'x' * 300}.mp4"], "cannot be written (File name too long)"),
+        (["get", UNKNOWN, "--output", f"{'x' * 300}/a.mp4"], "cannot be written (File name too long)"),
         (["submit", "a", "--video", "."], "video '.': cannot be read (Is a directory); name a file"),
         (["submit", "a", "--video", "a" * 300], "there is none of this id"),
         (["submit", "a\udcff"], "surrogates not allowed"),
