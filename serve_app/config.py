@@ -147,7 +147,8 @@ class GeneratorConfig(Fixed):
     """Generators: a fixed number of them that claim jobs and see each through the stages.
 
     Together they hold as many jobs as all denoisers can work on, those included that are decoded and stored: Serve's
-    autoscaling sees what waits at the denoisers, and never the queue in the database.
+    autoscaling sees what waits at the denoisers, and never the queue in the database. Calls have the same room, and
+    where there are enough of both, half of it.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)

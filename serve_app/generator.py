@@ -21,6 +21,7 @@ from serve_app.jobs import JobStore, Outbox
 from serve_app.metrics import ATTEMPTS, Metrics
 from serve_app.owners import this_replica
 from serve_app.sweeper import sweep
+from serve_app.turns import Turns
 from serve_app.webhooks import Deliverer
 from t2v_core.params import GenerationParams
 from t2v_core.weights import open_checkpoint, public_name
@@ -73,6 +74,8 @@ class Generator:
         self._attempts: dict[str, Attempt] = {}  # by job
         self._woken = asyncio.Event()
         self._num_calls = 0
+        # Where there are enough of both, jobs and calls have half of the room each, and one at least.
+        self._calls = Turns(lambda: max(1, max_jobs // 2, max_jobs - len(self._attempts)))
         self._claim_lock, self._is_draining = asyncio.Lock(), False
         self._claiming = asyncio.create_task(self._repeat(self._claim, config.poll_s, self._woken))
         self._outbox = Outbox(self._jobs.database)
@@ -89,19 +92,19 @@ class Generator:
         """There is a job to claim, or one to cancel."""
         self._woken.set()
 
-    async def generate(self, params: GenerationParams, owners: tuple[str, ...]) -> GeneratedVideo:
-        """A video for a caller that waits; cancelling the call stops the work."""
-        async with aclosing(self._generate(params, owners)) as events:
+    async def generate(self, params: GenerationParams, owners: tuple[str, ...], caller: str) -> GeneratedVideo:
+        """A video for a caller that waits; cancelling the call stops the work. Callers take turns."""
+        async with aclosing(self._generate(params, owners, caller)) as events:
             async for event in events:
                 if isinstance(event, GeneratedVideo):
                     return event
         raise AssertionError("a generation ends with its video")
 
     async def generate_stream(
-        self, params: GenerationParams, owners: tuple[str, ...]
+        self, params: GenerationParams, owners: tuple[str, ...], caller: str
     ) -> AsyncIterator[Progress | PreviewPicture | GeneratedVideo]:
         """The same, with its progress and previews before the video."""
-        async with aclosing(self._generate(params, owners, previews=True)) as events:
+        async with aclosing(self._generate(params, owners, caller, previews=True)) as events:
             async for event in events:
                 yield event
 
@@ -124,7 +127,7 @@ class Generator:
         await self._jobs.close()
 
     async def _generate(
-        self, params: GenerationParams, owners: tuple[str, ...], *, previews: bool = False
+        self, params: GenerationParams, owners: tuple[str, ...], caller: str, *, previews: bool = False
     ) -> AsyncGenerator[Progress | PreviewPicture | GeneratedVideo, None]:
         self._num_calls += 1
         call = DenoiseCall(
@@ -136,22 +139,29 @@ class Generator:
         )
         name_job(call.id, call.fence)
         logger.info("called: job=%s", call.id)
-        async with aclosing(self._tools.chain.run(call)) as events:
-            async for event in events:
-                if isinstance(event, Rendered):
-                    yield GeneratedVideo(event.video.data, event.video.media_type, event.thumbnail.data, params)
-                elif not isinstance(event, Checkpoint):
-                    yield event
+        try:
+            async with self._calls.one(caller), aclosing(self._tools.chain.run(call)) as events:
+                async for event in events:
+                    if isinstance(event, Rendered):
+                        yield GeneratedVideo(event.video.data, event.video.media_type, event.thumbnail.data, params)
+                    elif not isinstance(event, Checkpoint):
+                        yield event
+        finally:
+            self._woken.set()  # there may be room for a job
 
     async def _claim(self) -> None:
         self._woken.clear()
-        for job_id in await self._jobs.cancel_requests(self._name):
-            if job_id in self._attempts:
-                self._attempts[job_id].stop("cancelled")
-        async with self._claim_lock:
-            if not self._is_draining:
-                await self._claim_up_to(self._max_jobs, urgent_only=False)
-                await self._claim_up_to(self._max_jobs + self._urgent_reserve, urgent_only=True)
+        try:
+            for job_id in await self._jobs.cancel_requests(self._name):
+                if job_id in self._attempts:
+                    self._attempts[job_id].stop("cancelled")
+            async with self._claim_lock:
+                if not self._is_draining:
+                    bound = max(self._max_jobs - self._max_jobs // 2, self._max_jobs - len(self._calls))
+                    await self._claim_up_to(bound, urgent_only=False)
+                    await self._claim_up_to(bound + self._urgent_reserve, urgent_only=True)
+        finally:
+            self._calls.let_in()  # where a job has ended, the next had to be asked for first
 
     async def _claim_up_to(self, bound: int, *, urgent_only: bool) -> None:
         room = bound - len(self._attempts)

@@ -118,7 +118,7 @@ class Ingress:
         """
         with self._parts.callers.one():
             params = await self._resolved(prompt, settings, video)
-            return await self._made(params, self._owned(caller))
+            return await self._made(params, self._owned(caller), caller or "")
 
     async def generate_stream(
         self,
@@ -133,7 +133,7 @@ class Ingress:
             params = await self._resolved(prompt, settings, video)
             stream = cast(
                 "DeploymentResponseGenerator[Progress | PreviewPicture | GeneratedVideo]",
-                self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller)),
+                self._generator.options(stream=True).generate_stream.remote(params, self._owned(caller), caller or ""),
             )
             try:
                 with plain_errors("generator"):
@@ -152,13 +152,13 @@ class Ingress:
         await self._watcher.close()
         await self._jobs.close()
 
-    async def _finish(self, params: GenerationParams) -> Finished:
-        video = await self._made(params, self._owned(None))
+    async def _finish(self, params: GenerationParams, owner: str) -> Finished:
+        video = await self._made(params, self._owned(None), owner)
         return Finished(video.video, video.media_type, params.seed)
 
-    async def _made(self, params: GenerationParams, owners: tuple[str, ...]) -> GeneratedVideo:
+    async def _made(self, params: GenerationParams, owners: tuple[str, ...], caller: str) -> GeneratedVideo:
         with plain_errors("generator"):
-            video: GeneratedVideo = await finished(self._generator.generate.remote(params, owners))
+            video: GeneratedVideo = await finished(self._generator.generate.remote(params, owners, caller))
         return video
 
     async def _resolved(self, prompt: str, settings: Settings, video: bytes | Tensor | None) -> GenerationParams:

@@ -49,10 +49,11 @@ class Finished:
 class ApiParts:
     """`models`: ids that are served; the first is the default. `defaults` are its checkpoint's.
 
-    `generate` makes a video now; cancelling it stops the GPU work. `wake` tells the Generators that there is work or
-    a cancel, and never raises. `is_ready` says of each part of the service whether it can work. `check_webhook` raises
-    InvalidRequest for a URL that is not told. `callers` are those whose videos are made while they wait. `origin` tells
-    where what is asked for right now comes from. `measured_limit` is what the Denoisers can hold, once they have told.
+    `generate` makes a video now, or when it is this owner's turn; cancelling it stops the GPU work. `wake` tells the
+    Generators that there is work or a cancel, and never raises. `is_ready` says of each part of the service whether it
+    can work. `check_webhook` raises InvalidRequest for a URL that is not told. `callers` are those whose videos are
+    made while they wait. `origin` tells where what is asked for right now comes from. `measured_limit` is what the
+    Denoisers can hold, once they have told.
     `uploading` are those who send an input video, which is held in memory: also by Serve, which takes a body in before
     anybody reads it, so that no more of them may wait. `reading` are the threads that decode these.
     """
@@ -64,7 +65,7 @@ class ApiParts:
     models: tuple[str, ...]
     defaults: GenerationDefaults
     limits: Limits
-    generate: Callable[[GenerationParams], Awaitable[Finished]]
+    generate: Callable[[GenerationParams, str], Awaitable[Finished]]
     wake: Callable[[], Awaitable[None]]
     is_ready: Callable[[], Awaitable[dict[str, bool]]]
     check_webhook: Callable[[str], None]

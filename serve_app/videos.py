@@ -139,7 +139,7 @@ async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Respon
     model = _served(asked.model, parts)
     params = generation_params(asked, parts.defaults, size_limit=parts.size_limit())
     with parts.callers.one(owner):
-        finished = await _unless_disconnected(request, parts.generate(params))
+        finished = await _unless_disconnected(request, parts.generate(params, owner))
     headers = {
         "x-t2v-seed": str(finished.seed),
         "x-t2v-model": quote(model, safe="/:@ "),  # it may be a folder's name, in any letters

@@ -104,6 +104,7 @@ SERVICE_ALLOWED = {
     "owners": set(),
     "draining": set(),
     "bounds": {"errors"},
+    "turns": set(),
     "jobs": {"bounds", "errors"},
     "folder": {"errors"},
     "bucket": {"errors"},
@@ -176,6 +177,7 @@ SERVICE_ALLOWED = {
         "metrics",
         "owners",
         "sweeper",
+        "turns",
         "webhooks",
     },
     "ingress": {

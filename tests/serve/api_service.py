@@ -63,6 +63,7 @@ class Gpu:
     may_finish: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     asked: list[GenerationParams] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -71,8 +72,9 @@ class Gpu:
             while len(self.asked) < times:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
-    async def generate(self, params: GenerationParams) -> Finished:
+    async def generate(self, params: GenerationParams, owner: str) -> Finished:
         self.asked.append(params)
+        self.owners.append(owner)
         self.started.set()
         try:
             await self.may_finish.wait()

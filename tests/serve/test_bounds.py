@@ -96,3 +96,4 @@ async def test_one_keys_calls_leave_room_for_anothers(run_service: Any) -> None:
     await service.gpu.was_asked(2)
     service.gpu.may_finish.set()
     assert {(await alice).status_code, (await bob).status_code} == {200}
+    assert service.gpu.owners == ["alice", "bob"]  # of whom the Generator has to know whose turn it is
