@@ -54,6 +54,10 @@ class _Slot:
         """It is only here until its last step has ended."""
         return self.request.denoising.trajectory.is_finished
 
+    def drop_features(self) -> None:
+        """They hold the memory of all that was made with them, and the next step makes others."""
+        self.request = replace(self.request, denoising=replace(self.request.denoising, features=None))
+
 
 _LAUNCH_S = 0.006  # how long before a step ends the next is launched: more than it takes until the first kernel
 
@@ -67,7 +71,8 @@ class Engine:
     hand has ended, where the device works by itself (`runs_ahead`; by default on a GPU): so it never waits for the
     engine. Whoever calls it after `pause_s` lets requests join until shortly before.
 
-    `cached_steps`: see `denoise_step`. A batch in which one request has no features yet computes them for all.
+    `cached_steps`: see `denoise_step`. A batch in which one request has no features yet computes them for all. One that
+    is set aside keeps none.
     """
 
     def __init__(
@@ -239,6 +244,7 @@ class Engine:
             slot = self._slots.get(entry.id)
             if slot is not None and slot.entry == entry and not slot.has_no_steps_left:
                 self._count(entry.id).set_aside += 1
+                slot.drop_features()
         self._batch = launched.entries
         for entry, denoising, _ in launched.outcomes:
             slot = self._slots[entry.id]

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from t2v_core.denoising import denoise_step
 from t2v_core.engine import Engine, Finished, Request, RowBudgets, warm_up
@@ -94,6 +95,35 @@ def test_one_that_joins_lets_all_compute_theirs_anew(unet, prepared, whole_calls
         engine.step()
     assert calls == [True, True, False, True, True, False]
     assert rows == [2, 2, 4, 4]
+
+
+@pytest.fixture
+def features_made(unet):
+    """Weak references to the memory of the features of each whole call."""
+    made = []
+    coarser = unet.up_blocks[-2]
+    handle = coarser.register_forward_hook(lambda *called: made.append(StorageWeakRef(called[-1].untyped_storage())))
+    yield made
+    handle.remove()
+
+
+def test_one_that_is_set_aside_holds_no_features_of_its_batch_and_makes_its_own_anew(
+    unet, prepared, whole_calls, features_made
+):
+    calls, _ = whole_calls
+    engine = Engine(unet, RowBudgets(unmeasured_rows=4), cached_steps=9, runs_ahead=False)
+    for seed in (1, 2):
+        engine.add(Request(str(seed), prepared(num_inference_steps=STEPS, seed=seed)))
+    for _ in range(2):
+        engine.step()
+    assert not features_made[-1].expired()
+    engine.add(Request("urgent", prepared(num_inference_steps=2, seed=3), priority="urgent"))
+    of_both = features_made[-1]
+    engine.step()
+    assert of_both.expired()
+    for _ in range(3):
+        engine.step()
+    assert calls == [True, True, True, False, True, False]
 
 
 def test_a_trajectory_goes_on_elsewhere_without_features(unet, prepared, whole_calls):
