@@ -48,6 +48,7 @@ class _Slot:
     entry: Entry
     arrival_s: float
     is_admitted: bool = False
+    failed_alone: bool = False  # since its last step, where memory ran out
 
     @property
     def has_no_steps_left(self) -> bool:
@@ -248,7 +249,7 @@ class Engine:
         self._batch = launched.entries
         for entry, denoising, _ in launched.outcomes:
             slot = self._slots[entry.id]
-            slot.request = replace(slot.request, denoising=denoising)
+            slot.request, slot.failed_alone = replace(slot.request, denoising=denoising), False
         self._launched.append(launched)
 
     def _settle(self) -> list[Event]:
@@ -291,15 +292,21 @@ class Engine:
         self._step_s[kind] = 0.0 if known_s is None else min(device_s, known_s or device_s)
 
     def _make_room(self, entries: Sequence[Entry], message: str) -> list[Event]:
-        """After a step that did not fit into memory: try half of it, or give up the one that does not fit alone."""
+        """After a step that did not fit into memory: try half of it, or give up who twice did not fit alone."""
         self._conditioning = None
+        for slot in self._slots.values():
+            slot.drop_features()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         shape = entries[0].group.shape
         self.counters[shape].out_of_memory += 1
-        if len(entries) == 1:
-            return self._fail(entries[0].id, OutOfMemory(message))
-        self._budgets.halve(shape, sum(entry.rows for entry in entries))
+        if len(entries) > 1:
+            self._budgets.halve(shape, sum(entry.rows for entry in entries))
+            return []
+        alone = self._slots[entries[0].id]
+        if alone.failed_alone:
+            return self._fail(alone.entry.id, OutOfMemory(message))
+        alone.failed_alone = True  # what was freed may be enough: libraries take memory past torch's
         return []
 
     def _preview(self, request: Request, trajectory: Trajectory) -> Tensor | None:

@@ -126,6 +126,26 @@ def test_one_that_is_set_aside_holds_no_features_of_its_batch_and_makes_its_own_
     assert calls == [True, True, True, False, True, False]
 
 
+def test_features_make_room_where_memory_runs_out(unet, prepared, whole_calls, features_made):
+    calls, _ = whole_calls
+    engine = Engine(unet, RowBudgets(unmeasured_rows=4), cached_steps=9, runs_ahead=False)
+    engine.add(Request("a", prepared(num_inference_steps=STEPS)))
+    for _ in range(2):
+        engine.step()
+    assert not features_made[-1].expired()
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    handle = unet.time_embedding.register_forward_pre_hook(run_out)
+    engine.step()
+    handle.remove()
+    assert features_made[-1].expired()
+    for _ in range(2):
+        engine.step()
+    assert calls == [True, True, True, False]
+
+
 def test_a_trajectory_goes_on_elsewhere_without_features(unet, prepared, whole_calls):
     calls, _ = whole_calls
     request = prepared(num_inference_steps=STEPS)

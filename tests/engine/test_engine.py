@@ -238,6 +238,46 @@ def test_a_request_that_does_not_fit_alone_fails_and_the_others_go_on(tiny_pipel
     assert_same(latents["one row"], alone(seed=2, guidance_scale=1.0))
 
 
+def run_out_at(unet, calls):
+    """At these calls of the network, by their number, a library finds no memory that torch has not taken."""
+    numbers = itertools.count(1)
+
+    def check(*_):
+        if next(numbers) in calls:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    return unet.register_forward_pre_hook(check)
+
+
+def test_a_request_alone_is_tried_again_in_the_memory_that_was_freed(engine, tiny_pipeline_float64, prepared, alone):
+    handle = run_out_at(tiny_pipeline_float64.unet, {1, 3, 5})
+    try:
+        engine.add(Request("a", prepared()))
+        events, latents = run_to_end(engine)
+    finally:
+        handle.remove()
+    assert {type(event) for event in events} == {Admitted, Stepped, Finished}
+    assert_same(latents["a"], alone())
+    (counters,) = engine.counters.values()
+    assert counters.out_of_memory == 3
+
+
+def test_who_does_not_fit_alone_is_tried_twice_whoever_takes_a_step_meanwhile(
+    engine, tiny_pipeline_float64, prepared, rows_of_each_call
+):
+    handle = fail_above(tiny_pipeline_float64.unet, 1, torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    try:
+        engine.add(Request("too large", prepared(seed=1)))
+        events = engine.step()
+        engine.add(Request("urgent", prepared(seed=2, guidance_scale=1.0), priority="urgent"))
+        events += run_to_end(engine)[0]
+    finally:
+        handle.remove()
+    assert [event.id for event in events if isinstance(event, Finished)] == ["urgent"]
+    assert [event.id for event in events if isinstance(event, Failed)] == ["too large"]
+    assert rows_of_each_call == [2, *[1] * 5, 2]
+
+
 def test_the_budget_grows_back_when_memory_seems_free_again(tiny_pipeline_float64, prepared, rows_of_each_call):
     engine = Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8))
     handle = fail_above(tiny_pipeline_float64.unet, 2, torch.OutOfMemoryError("CUDA out of memory. Tried"))
@@ -438,16 +478,15 @@ def test_the_counters_tell_how_each_request_ended(tiny_pipeline_float64, prepare
     handle = fail_above(tiny_pipeline_float64.unet, 1, torch.OutOfMemoryError("CUDA out of memory. Tried"))
     for name in ("too large", "taken", "failed", "also failed"):
         engine.add(Request(name, prepared()))
-    engine.step()
-    engine.step()
-    engine.step()
+    for _ in range(4):  # all, two of them, and one alone, twice
+        engine.step()
     handle.remove()
     engine.take("taken")
     ended = engine.fail_all(GenerationFailed("the GPU is gone"))
     assert [event.id for event in ended] == ["failed", "also failed"]
     (counters,) = engine.counters.values()
     assert (counters.added, counters.failed, counters.cancelled) == (4, 3, 1)
-    assert (counters.out_of_memory, counters.steps) == (3, 0)
+    assert (counters.out_of_memory, counters.steps) == (4, 0)
 
 
 def test_a_preview_that_finds_no_memory_is_left_out_and_nothing_else(tiny_pipeline_float64, prepared, alone):
