@@ -118,7 +118,8 @@ def _add_videos(app: FastAPI) -> None:
         videos.video_events,
         methods=["GET"],
         response_class=Response,
-        responses=event_stream() | errors(404),
+        responses=event_stream() | errors(404, 429),
+        dependencies=[Depends(videos.watch)],
     )
 
 

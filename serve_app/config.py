@@ -166,7 +166,9 @@ class IngressConfig(Fixed):
     """The HTTP API."""
 
     num_cpus: float = Field(default=0.1, ge=0)
-    max_ongoing: int = Field(default=1_000, ge=1)  # a watched video holds one
+    max_ongoing: int = Field(
+        default=1_000, ge=1
+    )  # a watched video holds one: half of them, and a quarter of one key, may
     max_queued: int | None = Field(default=1_000, ge=1)
     max_queued_per_key: int | None = Field(default=100, ge=1)
     max_calls: int | None = Field(default=100, ge=1)  # to /sync and by handle, at each Ingress: they wait there

@@ -21,7 +21,7 @@ _MEANINGS = {
     415: "The body is of another type",
     416: "The file has none of these bytes",
     422: "The idempotency key came with another body before",
-    429: "Too many jobs wait; Retry-After says when to try again",
+    429: "Too many jobs, callers, uploads or streams are there; Retry-After says when to try again",
     500: "The service failed",
     503: "The service is starting, or a part of it cannot be reached",
 }

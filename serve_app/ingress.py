@@ -90,6 +90,7 @@ class Ingress:
             callers=Callers(limits.max_calls, limits.max_calls_per_owner),
             origin=origin,
             measured_limit=lambda: self._measured_limit,
+            watching=_watchers(config.max_ongoing),
         )
         self._measured_limit: SizeLimit | None = None
         self._measuring = asyncio.create_task(self._learn_size_limit())
@@ -229,3 +230,8 @@ class Ingress:
             logger.warning("the job store cannot be reached: %r", error)
             return False
         return True
+
+
+def _watchers(max_ongoing: int) -> Callers:
+    """Half of what Serve lets in at a time, and a quarter of it of one key: so there is room for all else."""
+    return Callers(max(1, max_ongoing // 2), max(1, max_ongoing // 4), what="event streams", most_retry_after_s=5.0)

@@ -56,6 +56,7 @@ class ApiParts:
     Denoisers can hold, once they have told.
     `uploading` are those who send an input video, which is held in memory: also by Serve, which takes a body in before
     anybody reads it, so that no more of them may wait. `reading` are the threads that decode these.
+    `watching` are those who listen to events: each holds one of the requests that Serve lets in.
     """
 
     jobs: JobStore
@@ -75,6 +76,7 @@ class ApiParts:
     uploading: Callers = field(
         default_factory=lambda: Callers(_MAX_UPLOADS, _MAX_UPLOADS // 2, what="uploads", most_retry_after_s=5.0)
     )
+    watching: Callers = field(default_factory=lambda: Callers(None, None))
     reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "reading"))
 
     def size_limit(self) -> SizeLimit | None:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, TypeVar
@@ -209,6 +209,12 @@ async def video_content(
 ) -> Response:
     """The file of a completed video, or a range of it."""
     return await content_response(request, parts.artifacts, await parts.jobs.get(video_id, owner), variant)
+
+
+async def watch(parts: Parts, owner: Owner) -> AsyncIterator[None]:
+    """Be one of those who listen, until the answer has ended. Raises QueueFull."""
+    with parts.watching.one(owner):
+        yield
 
 
 async def video_events(video_id: str, parts: Parts, owner: Owner, last_event_id: LastEventID = None) -> Response:

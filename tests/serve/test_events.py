@@ -1,6 +1,7 @@
 """Events: what is news, and how it comes over the wire."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -8,10 +9,12 @@ from contextlib import aclosing, nullcontext
 from typing import Any
 
 import pytest
+from api_service import error_of
 from hypothesis import given
 from hypothesis import strategies as st
 from sse_starlette import EventSourceResponse
 
+from serve_app.bounds import Callers
 from serve_app.errors import JobNotFound
 from serve_app.events import Event, Seen, Watcher, news
 from serve_app.jobs.store import JobStore
@@ -166,6 +169,25 @@ async def test_who_has_seen_the_end_is_told_to_stay_away(service: Any) -> None:
     (end,) = [event async for event in events_of(service, video["id"])]
     response = await service.client.get(f"/v1/videos/{video['id']}/events", headers={"last-event-id": end["id"]})
     assert response.status_code == 204
+
+
+async def test_one_key_may_not_listen_to_as_much_as_there_is_room_for(service: Any) -> None:
+    parts = service.app.state.parts
+    watching = Callers(2, 1, what="event streams", most_retry_after_s=5.0)
+    service.app.state.parts = dataclasses.replace(parts, watching=watching)
+    video = await service.create()
+    url = f"/v1/videos/{video['id']}/events"
+    async with aclosing(events_of(service, video["id"])) as stream:
+        await anext(stream)
+        refused = await service.client.get(url)
+        assert "1 event streams of this key" in error_of(refused, 429)["message"]
+        assert refused.headers["retry-after"] == "5"
+    await service.client.post(f"/v1/videos/{video['id']}/cancel")
+    async with asyncio.timeout(5):
+        while (response := await service.client.get(url)).status_code == 429:  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.02)
+    assert "event: cancelled" in response.text
+    assert (await service.client.get(url)).status_code == 200  # an answer that has ended leaves its place
 
 
 async def test_closing_the_stream_cancels_nothing_and_stops_the_reader(service: Any) -> None:
