@@ -7,15 +7,16 @@ queue. The fence grows with every claim and is part of every write, so that an o
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Literal
 
-from sqlalchemy import and_, delete, func, select, tuple_, union_all
+from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.errors import IdempotencyConflict, JobEnded, JobLive, JobNotFound, Unavailable
 from serve_app.jobs.database import Database, finished, lock, why_away
+from serve_app.jobs.leases import lease, renew, run_out, still_run_out, to_cancel
+from serve_app.jobs.listing import page_of
 from serve_app.jobs.model import (
     ENDED,
     Artifact,
@@ -168,15 +169,8 @@ class JobStore:
 
         Raises JobNotFound for an unknown `after`.
         """
-        place = tuple_(jobs.c.created_at, jobs.c.id)  # ids settle what happened at once
-        query = select(jobs).where(jobs.c.owner == owner)
         async with self.database.reading() as connection:
-            if after is not None:
-                behind = (await _created_at(connection, after, owner), after)
-                query = query.where(place < behind if order == "desc" else place > behind)
-            columns = [column.desc() if order == "desc" else column.asc() for column in (jobs.c.created_at, jobs.c.id)]
-            rows = (await connection.execute(query.order_by(*columns).limit(limit + 1))).all()
-        return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
+            return await page_of(connection, owner, after, limit, order)
 
     @finished
     async def cancel(self, job_id: str, owner: str) -> Job:
@@ -225,49 +219,22 @@ class JobStore:
         """
         if limit < 1:
             return []
-        claimed = []
         async with self.database.writing() as connection:
-            for row in await candidates(connection, limit, urgent_only=urgent_only, model=model, since=since):
-                ours = await change(
-                    connection,
-                    one(row.id, jobs.c.fence == row.fence, jobs.c.status == "queued"),
-                    status="in_progress",
-                    fence=row.fence + 1,
-                    claimed_by=claimer,
-                    claimed_step=jobs.c.checkpoint_step,
-                    lease_until=now_s() + lease_s,
-                    started_at=func.coalesce(jobs.c.started_at, now_s()),
-                )
-                if ours is not None:
-                    job = job_of(ours)
-                    claimed.append(replace(job, priority="urgent") if row.is_hastened else job)
-        return claimed
+            found = await candidates(connection, limit, urgent_only=urgent_only, model=model, since=since)
+            claimed = [await lease(connection, candidate, claimer, lease_s) for candidate in found]
+        return [job for job in claimed if job is not None]
 
     @finished
     async def heartbeat(self, claimer: str, progress: Sequence[Progress], *, lease_s: float) -> Heartbeat:
-        """Report progress and renew the leases, all at once.
-
-        A row that is locked by another is left for the next time: to wait for it might cost all the others' leases.
-        """
-        mine = select(jobs.c.id, jobs.c.fence).where(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
+        """Report progress and renew the leases, all at once."""
         async with self.database.writing() as connection:
-            free = set((await connection.execute(mine.with_for_update(skip_locked=True))).tuples())
-            for report in progress:
-                if (report.job_id, report.fence) not in free:
-                    continue
-                values: dict[str, Any] = {"step": report.step, "num_steps": report.num_steps, "eta_s": report.eta_s}
-                if report.preview_path is not None:
-                    values |= {"preview_path": report.preview_path, "preview_step": report.preview_step}
-                await change(connection, held(report.job_id, report.fence), lease_until=now_s() + lease_s, **values)
-            still_mine = set((await connection.execute(mine)).tuples())
-            lost = {report.job_id for report in progress if (report.job_id, report.fence) not in still_mine}
-            return Heartbeat(lost, await _to_cancel(connection, claimer) - lost)
+            return await renew(connection, claimer, progress, lease_s)
 
     @finished
     async def cancel_requests(self, claimer: str) -> set[str]:
         """The claimer's jobs that are to be cancelled."""
         async with self.database.reading() as connection:
-            return await _to_cancel(connection, claimer)
+            return await to_cancel(connection, claimer)
 
     @finished
     async def save_checkpoint(self, job_id: str, fence: int, path: str | None, step: int) -> bool:
@@ -342,17 +309,15 @@ class JobStore:
         When a database goes on that stood still, all leases have run out, and heartbeats are only on their way.
         None where it was away in the last `calm_s`: others may not have had the time to renew theirs.
         """
-        late = and_(jobs.c.status == "in_progress", jobs.c.lease_until < now_s())
         async with self.database.reading() as connection:
-            seen = set((await connection.execute(select(jobs.c.id, jobs.c.lease_until).where(late))).tuples())
+            seen = await run_out(connection)
         if not seen:
             return []
         await asyncio.sleep(pause_s)
         if self.database.calm_s < calm_s:
             return []
         async with self.database.writing() as connection:
-            found = (await connection.execute(select(jobs).where(late).with_for_update(skip_locked=True))).all()
-            rows = [row for row in found if (row.id, row.lease_until) in seen]
+            rows = await still_run_out(connection, seen)
             for row in rows:
                 await give_up_attempt(connection, row, self._rules, "its worker was lost")
         return [row.id for row in rows]
@@ -412,17 +377,3 @@ class JobStore:
             await lock(connection, "setup")
             await connection.run_sync(metadata.create_all)
             await connection.run_sync(add_missing_columns)
-
-
-async def _created_at(connection: AsyncConnection, after: str, owner: str) -> float:
-    """When a job was created that is there, or was removed not long ago. Raises JobNotFound."""
-    found = [select(t.c.created_at).where(t.c.id == after, t.c.owner == owner) for t in (jobs, removed)]
-    created_at: float | None = None if "\0" in after else await connection.scalar(union_all(*found))
-    if created_at is None:
-        raise JobNotFound(f"after {after!r:.100}: there is no video of this id; list from the start", param="after")
-    return created_at
-
-
-async def _to_cancel(connection: AsyncConnection, claimer: str) -> set[str]:
-    mine = and_(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
-    return set((await connection.execute(select(jobs.c.id).where(mine, jobs.c.cancel_requested))).scalars())
