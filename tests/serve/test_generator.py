@@ -19,6 +19,7 @@ from serve_app.jobs import JobStore
 from serve_app.turns import Turns
 from t2v_core.config import GenerationDefaults
 from t2v_core.params import resolve
+from t2v_core.weights import DEMO, public_name
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +78,7 @@ class Bench:
         params = resolve(prompt, {"seed": 7}, GenerationDefaults())
         names = ("negative_prompt", "width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale")
         settings = {name: getattr(params, name) for name in (*names, "sampler", "seed")}
-        await self.jobs.create(new_job(prompt=prompt, params=settings, **asked))
+        await self.jobs.create(new_job(prompt=prompt, params=settings, model=public_name(DEMO), **asked))
         await self.generator.wake()
 
 
@@ -101,7 +102,8 @@ async def start(tmp_path: Any, monkeypatch: Any) -> Any:
         generator: Any = Unserved.__new__(Unserved)
         # It looks at the store where it is told to, and not by itself.
         config = GeneratorConfig(poll_s=60, drain_s=0)
-        await generator.__init__(config, storage, WebhooksConfig(), max_jobs, urgent_reserve, None, denoiser, None)
+        rooms = max_jobs, urgent_reserve
+        await generator.__init__(config, storage, WebhooksConfig(), DEMO, None, *rooms, None, denoiser, None)
         bench = Bench(generator, await JobStore.open(storage.database), stages)
         started.append(bench)
         return bench
