@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 from job_processes import new_job
-from ray.serve import context
-from ray.serve._private.common import DeploymentID, ReplicaID
-from ray.serve._private.config import DeploymentConfig
-from ray.serve.schema import ReplicaRank
+from replica_context import become_replica
 
 from serve_app.calls import DenoiseCall, Rendered, RenderedFile
 from serve_app.config import GeneratorConfig, StorageConfig, WebhooksConfig
@@ -85,14 +82,7 @@ class Bench:
 @pytest.fixture
 async def start(tmp_path: Any, monkeypatch: Any) -> Any:
     """Start a Generator with this room; it ends with the test."""
-    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", None)
-    context._set_internal_replica_context(
-        replica_id=ReplicaID("replica", DeploymentID("Generator", "t2v")),
-        servable_object=None,
-        _deployment_config=DeploymentConfig(),
-        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
-        world_size=1,
-    )
+    become_replica("Generator", monkeypatch)
     stages, denoiser = Stages(), SimpleNamespace(options=lambda **_: None)
     monkeypatch.setattr("serve_app.generator.Chain", lambda *_: stages)
     storage = StorageConfig(database=f"sqlite:///{tmp_path / 'jobs.db'}", artifacts=str(tmp_path / "store"))

@@ -4,10 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from ray.serve import context
-from ray.serve._private.common import DeploymentID, ReplicaID
-from ray.serve._private.config import DeploymentConfig
-from ray.serve.schema import ReplicaRank
+from replica_context import become_replica
 
 from serve_app.config import TextEncoderConfig
 from serve_app.text_encoder import TextEncoder
@@ -15,14 +12,7 @@ from serve_app.text_encoder import TextEncoder
 
 @pytest.fixture
 def encoder(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", None)  # serve.batch asks whose batches it counts
-    context._set_internal_replica_context(
-        replica_id=ReplicaID("replica", DeploymentID("TextEncoder", "t2v")),
-        servable_object=None,
-        _deployment_config=DeploymentConfig(),
-        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
-        world_size=1,
-    )
+    become_replica("TextEncoder", monkeypatch)  # serve.batch asks whose batches it counts
     return TextEncoder(str(tiny_checkpoint), None, TextEncoderConfig(dtype="fp32", cache_entries=4))
 
 

@@ -1,0 +1,19 @@
+"""What Serve tells a deployment's class in its replica, for tests without Serve."""
+
+import pytest
+from ray.serve import context
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.schema import ReplicaRank
+
+
+def become_replica(deployment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be the only replica of a deployment, as long as the test lasts."""
+    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", None)
+    context._set_internal_replica_context(
+        replica_id=ReplicaID("replica", DeploymentID(deployment, "t2v")),
+        servable_object=None,
+        _deployment_config=DeploymentConfig(),
+        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
+        world_size=1,
+    )
