@@ -1,10 +1,19 @@
 """What Serve tells a deployment's class in its replica, for tests without Serve."""
 
+from typing import TypeVar
+
 import pytest
 from ray.serve import context
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
+
+_Deployment = TypeVar("_Deployment")
+
+
+def unserved(deployment: type[_Deployment]) -> type[_Deployment]:
+    """The class without its `__del__`, which Serve awaits, and Python calls and does not."""
+    return type(deployment.__name__, (deployment,), {"__del__": lambda _: None})
 
 
 def become_replica(deployment: str, monkeypatch: pytest.MonkeyPatch) -> None:

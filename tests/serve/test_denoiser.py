@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from replica_context import unserved
 
 from serve_app import denoiser as module
 from serve_app import health
@@ -35,7 +36,7 @@ def on_cpu(tiny_checkpoint, monkeypatch):
 
     monkeypatch.setattr(module, "leaves_in_s", never)  # it would ask Ray
     config = DenoiserConfig(dtype="fp32", num_threads=1, stuck_after_s=STUCK_AFTER_S)
-    denoiser = Denoiser(str(tiny_checkpoint), None, config)
+    denoiser = unserved(Denoiser)(str(tiny_checkpoint), None, config)
     yield denoiser
     denoiser._thread.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from job_processes import new_job
-from replica_context import become_replica
+from replica_context import become_replica, unserved
 
 from serve_app.calls import DenoiseCall, Rendered, RenderedFile
 from serve_app.config import GeneratorConfig, StorageConfig, WebhooksConfig
@@ -19,6 +19,8 @@ from t2v_core.params import resolve
 from t2v_core.weights import DEMO, public_name
 
 pytestmark = pytest.mark.anyio
+
+Bare = unserved(Generator)
 
 
 class Stages:
@@ -49,13 +51,6 @@ class Stages:
                 await asyncio.sleep(0.005)
         await asyncio.sleep(0.1)
         assert self.names == set(names)
-
-
-class Unserved(Generator):
-    """Serve awaits `__del__`, which Python calls as well."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
 
 
 class Bench:
@@ -89,7 +84,7 @@ async def start(tmp_path: Any, monkeypatch: Any) -> Any:
     started = []
 
     async def start(max_jobs: int, urgent_reserve: int = 1) -> Bench:
-        generator: Any = Unserved.__new__(Unserved)
+        generator: Any = Bare.__new__(Bare)
         # It looks at the store where it is told to, and not by itself.
         config = GeneratorConfig(poll_s=60, drain_s=0)
         rooms = max_jobs, urgent_reserve
