@@ -8,7 +8,6 @@ import json
 import math
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +15,12 @@ from fractions import Fraction
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 
 import av
 import torch
 from av.container import InputContainer
-from av.filter import Graph
-from av.sidedata.sidedata import SideDataContainer, Type
 from av.stream import Disposition
-from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
 from einops import rearrange
 from torch import Tensor
@@ -32,16 +28,13 @@ from torch.nn import functional
 
 from t2v_core.errors import InvalidRequest, UnreadableVideo
 from t2v_core.truncation import is_cut_off
+from t2v_core.upright import upright
 
 # FFmpeg's demuxers that read one self-contained file. Playlists (hls, concat, dash, sdp, image2) stay out.
 _DEMUXERS = (
     "mov,matroska,avi,flv,asf,mpegts,mpeg,ogg,ivf,h264,hevc,"  # videos
     "gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"  # pictures
 )
-_COLORSPACE_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
-# Of FFmpeg's AVFrameSideDataType, EXIF among them: PyAV 18 has no names for these, and fails where a frame has any.
-_NAMELESS_SIDE_DATA = range(28, 40)
-_TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,45 +300,6 @@ def _damaged(name: str, intact_s: Fraction) -> UnreadableVideo:
 
 def _cover(frame: av.VideoFrame, stream: VideoStream, width: int, height: int) -> Tensor:
     """The upright frame, scaled to cover the size and cropped around its centre: (height, width, 3)."""
-    a, b, c, d = _display_matrix(frame)
+    image, is_transposed = upright(frame)
     pixel_aspect = float(stream.sample_aspect_ratio or 1)
-    image = _rgb(frame)
-    if abs(b) > abs(a):  # x and y change places
-        image, pixel_aspect = image.transpose(0, 1), 1 / pixel_aspect
-        a, d = c, b
-    image = image.flip([dim for dim, factor in ((1, a), (0, d)) if factor < 0])
-    return cover(image[None], height, width, pixel_aspect)[0]
-
-
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """Where the frame's pixels go: (x, y) to (a x + c y, b x + d y), but for its place (ISO 14496-12, 6.2.2)."""
-    graph = Graph()
-    graph.threads = 1
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    drops = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in _NAMELESS_SIDE_DATA]
-    # a small copy: PyAV's side data and its frame hold each other until garbage is collected
-    small = graph.add("crop", "w=1:h=1:exact=1"), graph.add("copy")
-    graph.link_nodes(source, *drops, *small, graph.add("buffersink")).configure()
-    graph.vpush(frame)
-    side_data = cast(SideDataContainer, graph.vpull().side_data)  # which is not what PyAV declares
-    if Type.DISPLAYMATRIX not in side_data:
-        return 1, 0, 0, 1
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data[Type.DISPLAYMATRIX]))
-    return a, b, c, d
-
-
-def _rgb(frame: av.VideoFrame) -> Tensor:
-    """The frame as stored, over black, as (h, w, 3)."""
-    untagged = frame.colorspace == _COLORSPACE_UNSPECIFIED
-    # what players assume of a video that does not name its matrix
-    colorspace = Colorspace.ITU709 if untagged and frame.height >= 720 else None
-    has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
-    converted = frame.reformat(
-        format="rgba" if has_alpha else "rgb24", src_colorspace=colorspace, interpolation=_TO_RGB
-    )
-    # a copy: the decoder's memory goes with the frame
-    image = torch.from_numpy(converted.to_ndarray().copy())
-    if not has_alpha:
-        return image
-    colour, alpha = image[..., :3].to(torch.int32), image[..., 3:].to(torch.int32)
-    return ((colour * alpha + 127) // 255).to(torch.uint8)
+    return cover(image[None], height, width, 1 / pixel_aspect if is_transposed else pixel_aspect)[0]
