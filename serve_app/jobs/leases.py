@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Row, and_, func, select
+from sqlalchemy import ColumnElement, Row, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app.jobs.model import Heartbeat, Job, Progress
@@ -37,8 +37,8 @@ async def renew(connection: AsyncConnection, claimer: str, progress: Sequence[Pr
 
     A row that is locked by another is left for the next time: to wait for it might cost all the others' leases.
     """
-    mine = select(jobs.c.id, jobs.c.fence).where(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
-    free = set((await connection.execute(mine.with_for_update(skip_locked=True))).tuples())
+    mine = select(jobs.c.id, jobs.c.fence, jobs.c.cancel_requested).where(_held_by(claimer))
+    free = {(row.id, row.fence) for row in await connection.execute(mine.with_for_update(skip_locked=True))}
     for report in progress:
         if (report.job_id, report.fence) not in free:
             continue
@@ -46,15 +46,16 @@ async def renew(connection: AsyncConnection, claimer: str, progress: Sequence[Pr
         if report.preview_path is not None:
             values |= {"preview_path": report.preview_path, "preview_step": report.preview_step}
         await change(connection, held(report.job_id, report.fence), lease_until=now_s() + lease_s, **values)
-    still_mine = set((await connection.execute(mine)).tuples())
+    rows = (await connection.execute(mine)).all()  # those of locked rows, too
+    still_mine = {(row.id, row.fence) for row in rows}
     lost = {report.job_id for report in progress if (report.job_id, report.fence) not in still_mine}
-    return Heartbeat(lost, await to_cancel(connection, claimer) - lost)
+    return Heartbeat(lost, {row.id for row in rows if row.cancel_requested} - lost)
 
 
 async def to_cancel(connection: AsyncConnection, claimer: str) -> set[str]:
     """The claimer's jobs that are to be cancelled."""
-    mine = and_(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
-    return set((await connection.execute(select(jobs.c.id).where(mine, jobs.c.cancel_requested))).scalars())
+    query = select(jobs.c.id).where(_held_by(claimer), jobs.c.cancel_requested)
+    return set((await connection.execute(query)).scalars())
 
 
 async def run_out(connection: AsyncConnection) -> set[tuple[str, float]]:
@@ -66,3 +67,7 @@ async def still_run_out(connection: AsyncConnection, seen: set[tuple[str, float]
     """The rows of those that nobody has renewed since they were seen, locked."""
     rows = (await connection.execute(select(jobs).where(_LATE).with_for_update(skip_locked=True))).all()
     return [row for row in rows if (row.id, row.lease_until) in seen]
+
+
+def _held_by(claimer: str) -> ColumnElement[bool]:
+    return and_(jobs.c.claimed_by == claimer, jobs.c.status == "in_progress")
