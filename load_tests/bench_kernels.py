@@ -212,6 +212,9 @@ def _flop_of_kernel(name: str, tensors: list[Tensor]) -> int:
     if name == "_attend_over_pixels":
         frames, pixels, width = tensors[0].shape
         return 4 * frames * pixels**2 * (width // 3)
+    if name == "_product_and_norm":
+        x, *weights = tensors[:3]
+        return 2 * len(x) * sum(weight.numel() for weight in weights)
     if name not in ("_geglu", "_geglu_that_stays", "_in_turns", "_conv_tile"):
         return 0
     x, weight = tensors[:2]

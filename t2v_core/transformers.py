@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from t2v_core.kernels import add_layer_norm, geglu, layer_norm, linear, spatial_attention, temporal_attention
+from t2v_core.kernels import geglu, linear, linear_norm, spatial_attention, temporal_attention
 from t2v_core.kernels.fp8 import dtype_for, quantise, quantised
 from t2v_core.layers import Sum, summed_and_normed
 
@@ -20,7 +20,7 @@ KeysValues = tuple[Tensor, Tensor]
 class Attention(nn.Module):
     """Multi-head attention of tokens to each other, or to a context.
 
-    The bias of its last layer is left to what follows, which adds up several.
+    Its first and last products are left to what comes before and after it: see `kernels.linear_norm`.
     """
 
     fused: Tensor | None
@@ -36,9 +36,20 @@ class Attention(nn.Module):
         self.register_buffer("fused", None, persistent=False)
 
     @property
-    def bias(self) -> Tensor:
-        """What is still to be added to what the attention gives. (c,)"""
-        return self._last.bias
+    def last(self) -> nn.Linear:
+        """The last layer."""
+        last = self.to_out[0]
+        assert isinstance(last, nn.Linear)
+        return last
+
+    @property
+    def first_weight(self) -> Tensor:
+        """Of queries, keys and values side by side or, with a context, of queries. (c2, c)"""
+        if self._has_context:
+            return self.to_q.weight
+        if self.fused is not None:
+            return self.fused
+        return torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
 
     def fuse(self) -> None:
         """Lay the three projections of one input side by side, for one product. Their names stay, as parts of it."""
@@ -57,48 +68,24 @@ class Attention(nn.Module):
         for projection, part in zip((self.to_q, self.to_k, self.to_v), fused.chunk(3), strict=True):
             projection.weight = nn.Parameter(part, requires_grad=False)
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What the input has to be: see `fp8.dtype_for`."""
-        return dtype_for(self.to_q.weight)
-
     def keys_values(self, context: Tensor) -> KeysValues:
         """What queries find in a context, (b, m, d): two of (b, heads, m, c)."""
         return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
 
-    def over_pixels(self, x: Tensor) -> Tensor:
-        """Each pixel of a frame to all of them. x: (b, f, h, w, c), same shape out."""
-        return self._out(spatial_attention(self._qkv(x), self.heads))
+    def over_pixels(self, qkv: Tensor) -> Tensor:
+        """Each pixel of a frame to all of them. qkv: (b, f, h, w, 3 c) -> (b, f, h, w, c)."""
+        return spatial_attention(qkv, self.heads)
 
-    def over_frames(self, x: Tensor) -> Tensor:
-        """Each frame of a pixel to all of them. x: (b, f, h, w, c), same shape out."""
-        return self._out(temporal_attention(self._qkv(x), self.heads))
+    def over_frames(self, qkv: Tensor) -> Tensor:
+        """Each frame of a pixel to all of them. qkv: (b, f, h, w, 3 c) -> (b, f, h, w, c)."""
+        return temporal_attention(qkv, self.heads)
 
-    def to_text(self, x: Tensor, text: KeysValues) -> Tensor:
-        """Each pixel of each frame to the tokens of its text, which they share. x: (b, f, h, w, c), same shape out."""
-        _, f, h, _, _ = x.shape
-        queries = rearrange(
-            self._project(x, self.to_q.weight), "b f h w (heads c) -> b heads (f h w) c", heads=self.heads
-        )
+    def to_text(self, queries: Tensor, text: KeysValues) -> Tensor:
+        """Each pixel of each frame to the tokens of its text, which they share. queries: (b, f, h, w, c), same out."""
+        _, f, h, _, _ = queries.shape
+        queries = rearrange(queries, "b f h w (heads c) -> b heads (f h w) c", heads=self.heads)
         attended = F.scaled_dot_product_attention(queries, *text)
-        return self._out(rearrange(attended, "b heads (f h w) c -> b f h w (heads c)", f=f, h=h))
-
-    @property
-    def _last(self) -> nn.Linear:
-        last = self.to_out[0]
-        assert isinstance(last, nn.Linear)
-        return last
-
-    def _out(self, attended: Tensor) -> Tensor:
-        return F.linear(attended, self._last.weight)
-
-    def _qkv(self, x: Tensor) -> Tensor:
-        if self.fused is not None:
-            return self._project(x, self.fused)
-        return self._project(x, torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))
-
-    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x, weight, self._last.weight.dtype)
+        return rearrange(attended, "b heads (f h w) c -> b f h w (heads c)", f=f, h=h)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads)
@@ -155,36 +142,48 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def over_pixels(self, x: Tensor, biases: "_Biases", text: KeysValues, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each pixel to its frame, then to the text. x: (b, f, h, w, c); for `rows` see SpatialTransformer.
+    def over_pixels(
+        self, x: Tensor, weight: Tensor, biases: "_Biases", text: KeysValues, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each pixel to its frame, then to the text. x: (b, f, h, w, c), what `weight` projects; for `rows` see above.
 
-        Returns what `feed_forward` takes: the residual stream, and what the last attention adds to it.
+        Returns what `feed_forward` takes: the residual stream, and what the last attention has to add to it.
         """
-        attended = self.attn1.over_pixels(layer_norm(x, self.norm1, biases.before, self.attn1.dtype))
-        x, queries = add_layer_norm(x, attended, biases.after_attention, self.norm2, dtype=self.attn2.dtype)
+        x, qkv = self._first(x, weight, biases)
+        x, queries = self._second(x, self.attn1.over_pixels(qkv), biases)
         if rows is not None:
             x, queries = x[rows], queries[rows]
         return x, self.attn2.to_text(queries, text)
 
-    def over_frames(self, x: Tensor, biases: "_Biases") -> tuple[Tensor, Tensor]:
-        """Each frame of a pixel to the others, twice. x: (b, f, h, w, c). Returns as `over_pixels`."""
-        attended = self.attn1.over_frames(layer_norm(x, self.norm1, biases.before, self.attn1.dtype))
-        x, y = add_layer_norm(x, attended, biases.after_attention, self.norm2, dtype=self.attn2.dtype)
-        return x, self.attn2.over_frames(y)
+    def over_frames(self, x: Tensor, weight: Tensor, biases: "_Biases") -> tuple[Tensor, Tensor]:
+        """Each frame of a pixel to the others, twice. As `over_pixels`."""
+        x, qkv = self._first(x, weight, biases)
+        x, qkv = self._second(x, self.attn1.over_frames(qkv), biases)
+        return x, self.attn2.over_frames(qkv)
+
+    def _first(self, x: Tensor, weight: Tensor, biases: "_Biases") -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the first attention reads."""
+        return linear_norm(x, weight, biases.before, self.norm1, then=self.attn1.first_weight)
+
+    def _second(self, x: Tensor, attended: Tensor, biases: "_Biases") -> tuple[Tensor, Tensor]:
+        """The residual stream after the first attention, and what the second one reads."""
+        weight, then = self.attn1.last.weight, self.attn2.first_weight
+        return linear_norm(attended, weight, biases.after_attention, self.norm2, residual=x, then=then)
 
     def feed_forward(self, x: Tensor, attended: Tensor, proj_out: "OutProjection") -> tuple[Tensor, Tensor]:
         """What is left of the block, and the projection after it, and the bias of that, which is not added.
 
         x, attended: (..., c) -> (..., proj_out's), (proj_out's,)
         """
+        last = self.attn2.last
         if proj_out.fused is None or proj_out.fused_bias is None:
-            x, y = add_layer_norm(x, attended, self.attn2.bias, self.norm3)
+            x, y = linear_norm(attended, last.weight, last.bias, self.norm3, residual=x)
             return F.linear(x + self.ff(y), proj_out.weight), proj_out.bias
         # Two linear layers without anything between them are one, of both parts of the sum beside each other.
         c = x.shape[-1]
         both = x.new_empty(*x.shape[:-1], c + self.ff.last.in_features, dtype=dtype_for(proj_out.fused))
         dtype = dtype_for(self.ff.gate.proj.weight)
-        _, y = add_layer_norm(x, attended, self.attn2.bias, self.norm3, out=both[..., :c], dtype=dtype)
+        _, y = linear_norm(attended, last.weight, last.bias, self.norm3, residual=x, out=both[..., :c], dtype=dtype)
         self.ff.gate(y, out=both[..., c:])
         return linear(both, proj_out.fused, x.dtype), proj_out.fused_bias
 
@@ -238,12 +237,8 @@ class _Transformer(nn.Module):
     @property
     def biases(self) -> _Biases:
         """What the block adds for products that did not."""
-        both = self.proj_in.bias + self.block.attn1.bias if self.fused_biases is None else self.fused_biases
-        return _Biases(self.proj_in.bias, both)
-
-    def project(self, x: Tensor) -> Tensor:
-        """The input of the block, without a bias. x: (..., c) -> (..., heads head_dim)."""
-        return F.linear(x, self.proj_in.weight)
+        before, fused = self.proj_in.bias, self.fused_biases
+        return _Biases(before, before + self.block.attn1.last.bias if fused is None else fused)
 
     def quantise(self) -> None:
         """Let the feed-forward have fp8, after `fuse`. The projection before the block gains little, and errs most."""
@@ -270,7 +265,7 @@ class SpatialTransformer(_Transformer):
         Where several rows of text share a sample of x, `rows` says which: (b of the text,). The result has them all.
         """
         x, tokens = summed_and_normed(x, self.norm, over_frames=False, silu=False)
-        tokens, attended = self.block.over_pixels(self.project(tokens), self.biases, text, rows)
+        tokens, attended = self.block.over_pixels(tokens, self.proj_in.weight, self.biases, text, rows)
         return Sum(x if rows is None else x[rows], *self.block.feed_forward(tokens, attended, self.proj_out))
 
 
@@ -280,5 +275,5 @@ class TemporalTransformer(_Transformer):
     def forward(self, x: Tensor | Sum) -> Sum:
         """x: (b, f, h, w, c), same shape out. Normalisation spans all frames."""
         x, tokens = summed_and_normed(x, self.norm, over_frames=True, silu=False)
-        tokens, attended = self.block.over_frames(self.project(tokens), self.biases)
+        tokens, attended = self.block.over_frames(tokens, self.proj_in.weight, self.biases)
         return Sum(x, *self.block.feed_forward(tokens, attended, self.proj_out))

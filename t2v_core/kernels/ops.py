@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v_core.kernels import plain
-from t2v_core.kernels.fp8 import FP8, scale_of
+from t2v_core.kernels.fp8 import FP8, dtype_for, scale_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,39 @@ def add_layer_norm(
     from t2v_core.kernels import triton_rows as fast
 
     return fast.add_layer_norm(x, delta, offset, norm, out, dtype)
+
+
+def linear_norm(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    norm: nn.LayerNorm,
+    *,
+    residual: Tensor | None = None,
+    then: Tensor | None = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A product, the sum with what it is added to, and the LayerNorm of that or, with `then`, a product of the norm.
+
+    x: (..., d), weight: (c, d), offset: (c,), residual: (..., c), then: (c2, c)
+    -> residual + x weight^T + offset, (..., c), and (..., c) or, with `then`, (..., c2).
+
+    Without `residual`, the first result is the product alone, and the norm is that of it with the offset. `out` and
+    `dtype` are as in `plain.add_layer_norm`; `then` may be in fp8, as in `plain.linear`.
+    """
+    if _runs_gluon(x) and dtype is None:
+        from t2v_core.kernels import gluon_linear_norm as fast
+
+        if fast.pays(x, weight, then):
+            return fast.linear_norm(x, weight, offset, norm, residual=residual, then=then, out=out)
+    product = F.linear(x, weight)
+    dtype = dtype if then is None else dtype_for(then)
+    if residual is None:
+        total, y = product, layer_norm(product, norm, offset, dtype)
+    else:
+        total, y = add_layer_norm(residual, product, offset, norm, out, dtype)
+    return total, y if then is None else linear(y, then, weight.dtype)
 
 
 def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
@@ -188,7 +221,7 @@ def _runs_gluon(x: Tensor) -> bool:
 def _knows_gluon() -> bool:
     """Whether Triton's Gluon, which is experimental, still has what our kernels import."""
     try:
-        for module in ("gluon_attention", "gluon_geglu"):
+        for module in ("gluon_attention", "gluon_geglu", "gluon_linear_norm"):
             importlib.import_module(f"t2v_core.kernels.{module}")
     except (ImportError, AttributeError):
         logger.warning("this version of Triton has another Gluon: slower kernels are used", exc_info=True)

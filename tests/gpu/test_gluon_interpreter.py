@@ -11,7 +11,7 @@ from kernel_checks import TOLERANCES
 from torch import nn
 
 from t2v_core import kernels
-from t2v_core.kernels import plain
+from t2v_core.kernels import ops, plain
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
 interpreter = pytest.importorskip("gluon_interpreter")
@@ -52,11 +52,25 @@ def attention_error(module):
     return error(module.spatial_attention(qkv.half(), 1), plain.spatial_attention(qkv, 1))
 
 
+def linear_norm_error(module):
+    """The largest, of the kinds that the networks call for."""
+    module.num_processors = lambda device: 1
+    x, residual, offset, norm = torch.randn(700, 320), torch.randn(700, 320), torch.randn(320), nn.LayerNorm(320)
+    weight, then = torch.randn(320, 320) / 320**0.5, torch.randn(320, 320) / 320**0.5
+    halves, errors = [tensor.half() for tensor in (x, weight, offset)], []
+    for summed, after in ((residual, then), (residual, None), (None, then)):
+        exact = ops.linear_norm(x, weight, offset, norm.float(), residual=summed, then=after)
+        summed, after = (tensor if tensor is None else tensor.half() for tensor in (summed, after))
+        actual = module.linear_norm(*halves, norm.half(), residual=summed, then=after)
+        errors += map(error, actual, exact)
+    return max(errors)
+
+
 def error(actual, exact):
     return ((actual - exact).norm() / exact.norm()).item()
 
 
-CHECKS = {"gluon_geglu": geglu_error, "gluon_attention": attention_error}
+CHECKS = {"gluon_geglu": geglu_error, "gluon_attention": attention_error, "gluon_linear_norm": linear_norm_error}
 
 
 def passes(module, check):

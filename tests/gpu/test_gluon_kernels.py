@@ -28,6 +28,11 @@ def runs_gluon(monkeypatch):
         pytest.skip("needs a Hopper GPU, or none")
 
 
+def matrix(rows, dtype):
+    """Of a product that keeps the size of 320 channels."""
+    return draw(rows, 320, dtype=dtype) / 320**0.5
+
+
 @pytest.mark.usefixtures("runs_gluon")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("processors", [1, 5, 132])
@@ -85,13 +90,50 @@ def test_spatial_attention_is_for_many_pixels_and_heads_of_64_channels():
     assert not fast.fits(qkv.float(), heads=2)
 
 
+@pytest.mark.usefixtures("runs_gluon")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("processors", [1, 5, 132])
+@pytest.mark.parametrize("then_width", [None, 320, 960])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("rows", [1, 200, 1500])
+def test_linear_norm(rows, has_residual, then_width, processors, dtype, monkeypatch):
+    from t2v_core.kernels import gluon_linear_norm as fast
+
+    monkeypatch.setattr(fast, "num_processors", lambda device: processors)
+    x, weight, norm = draw(rows, 320, dtype=dtype), matrix(320, dtype), randomised(nn.LayerNorm(320), dtype)
+    offset, residual = draw(320, dtype=dtype), draw(rows, 320, dtype=dtype) if has_residual else None
+    then = None if then_width is None else matrix(then_width, dtype)
+    assert fast.fits(x, weight, then)
+    actual = fast.linear_norm(x, weight, offset, norm, residual=residual, then=then)
+    beside = torch.zeros(rows, 328, dtype=dtype, device=DEVICE)
+    fast.linear_norm(x, weight, offset, norm, residual=residual, then=then, out=beside[:, 8:])
+    x, weight, offset, residual, then = (t if t is None else t.double() for t in (x, weight, offset, residual, then))
+    exact = ops.linear_norm(x, weight, offset, norm.double(), residual=residual, then=then)
+    for ours, expected in zip(actual, exact, strict=True):
+        assert_close(ours, expected, dtype)
+    assert torch.equal(beside[:, 8:], actual[0])
+    assert not beside[:, :8].any()
+
+
+def test_linear_norm_is_for_320_channels_and_rows_for_most_processors():
+    from t2v_core.kernels import gluon_linear_norm as fast
+
+    x, weight, then = torch.empty(16384, 320).half(), torch.empty(320, 320).half(), torch.empty(960, 320).half()
+    assert fast.pays(x, weight, then)
+    assert fast.pays(x, weight, None)
+    assert not fast.pays(x[:8192], weight, then)
+    assert not fast.fits(x, weight, then[:900])
+    assert not fast.fits(x, torch.empty(512, 320).half(), then)
+    assert not fast.fits(x, weight, then.float())
+
+
 def test_another_gluon_is_told_and_not_used(monkeypatch, caplog):
     from triton.experimental.gluon.language.nvidia import hopper
 
     ops._knows_gluon.cache_clear()
     assert ops._knows_gluon()
     ops._knows_gluon.cache_clear()
-    for module in ("gluon_hopper", "gluon_geglu", "gluon_attention"):
+    for module in ("gluon_hopper", "gluon_geglu", "gluon_attention", "gluon_linear_norm"):
         monkeypatch.delitem(sys.modules, f"t2v_core.kernels.{module}", raising=False)
     monkeypatch.delattr(hopper, "warpgroup_mma")
     assert not ops._knows_gluon()

@@ -1,25 +1,14 @@
-"""A product with the sum and the LayerNorm after it, and with the product after that, in one kernel.
+"""A product with the sum and the LayerNorm after it, and the product after that, in one kernel, for 320 channels.
 
-    python load_tests/tune_linear_norm.py
-
-With 320 channels, all of them wait for the GPU's memory, and read what the one before has written: the projection
-before a transformer, which nothing is added to, and the last products of its attentions. Here rows stay on a processor
-in between. Two groups of warps have 64 rows each, and all columns of them; one warp fetches what goes in, and one the
+Each of them would wait for the GPU's memory, and read what the one before has written. Here rows stay on a processor in
+between. Two groups of warps have 64 rows each, and all columns of them; one warp fetches what goes in, and one the
 weights, piece by piece. What is added is fetched to where the product's rows were; the sum leaves from there, and so
-does the norm, unless it is multiplied: then it stays in registers. For 2 and 16 rows of 16 frames of 256x256, and 2 of
-24 frames of 576x320 and 1024x576: microseconds of both ways, with no product after the norm, with queries, and with
-queries, keys and values, these also without a sum. For a Hopper GPU.
+does the norm, unless it is multiplied: then it stays in registers.
+
+For Hopper GPUs and half precision.
 """
 
-import itertools
-import sys
-from functools import partial
-
-import torch
-import torch.nn.functional as F
 import triton
-from bench_gpu import relative_error
-from bench_kernels import Timer
 from torch import Tensor, nn
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,78 +20,50 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from t2v_core.kernels import add_layer_norm, layer_norm
-from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, put, sums_of
+from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, is_half, put, sums_of
 from t2v_core.kernels.triton_geglu import num_processors
 
 _WIDTH, _PIECE, _STAGES = 320, 64, 6
-_USES = (True, 0), (True, 320), (True, 960), (False, 960)  # whether something is added; the next product's width
-_REGISTERS = gl.constexpr(240)
-_FEW_REGISTERS = gl.constexpr(24)
-_ROWS = {
-    "2 rows of 256x256": 2 * 16 * 1024,
-    "16 rows of 256x256": 16 * 16 * 1024,
-    "2 rows of 576x320": 2 * 24 * 2880,
-    "2 rows of 1024x576": 2 * 24 * 9216,
-}
+_LEAST_BUSY = 0.75  # of the processors
+_REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH = gl.constexpr(240), gl.constexpr(24)  # a thread
 
 
-def main() -> None:
-    timer = Timer(torch.device("cuda"))
-    with torch.inference_mode():
-        for rows, use in itertools.product((1, 200, 40_000), _USES):
-            given = _inputs(rows, *use)
-            exact = _as_it_is(given.double())
-            errors = [relative_error(*pair) for pair in zip(_in_one(given.half()), exact, strict=True)]
-            sys.stdout.write(f"{rows} rows, {use}: {' '.join(f'{error:.1e}' for error in errors)}\n")
-            assert max(errors) < 2e-3
-        for (name, rows), use in itertools.product(_ROWS.items(), _USES):
-            given = _inputs(rows, *use)
-            us = {title: timer.us(partial(way, given)) for title, way in (("", _as_it_is), ("one", _in_one))}
-            sys.stdout.write(f"{name}, {use}: {us['']:.1f} us, in one {us['one']:.1f} us\n")
-            sys.stdout.flush()
+def fits(x: Tensor, weight: Tensor, then: Tensor | None) -> bool:
+    """Whether the kernel is made for such channels."""
+    weights = (weight,) if then is None else (weight, then)
+    return is_half(x, *weights) and weight.shape == (_WIDTH, _WIDTH) and all(len(w) % _PIECE == 0 for w in weights)
 
 
-class Inputs(nn.Module):
-    """a, x: (rows, 320), x if it is added; the weights of two products, the second with or without rows; a norm."""
-
-    def __init__(self, rows: int, adds: bool, next_width: int) -> None:
-        super().__init__()
-        self.a, self.x = (nn.Buffer(torch.randn(rows, _WIDTH)) if there else None for there in (True, adds))
-        self.weight, self.next_weight = (
-            nn.Buffer(torch.randn(width, _WIDTH) / _WIDTH**0.5) for width in (_WIDTH, next_width)
-        )
-        self.offset, self.norm = nn.Buffer(torch.randn(_WIDTH)), nn.LayerNorm(_WIDTH)
-        nn.init.normal_(self.norm.weight, 0.5, 0.5)
-        nn.init.normal_(self.norm.bias, 0.5, 0.5)
+def pays(x: Tensor, weight: Tensor, then: Tensor | None) -> bool:
+    """Whether there are rows for most processors of a GPU, too."""
+    units = triton.cdiv(x.numel() // x.shape[-1], 2 * _PIECE)
+    return fits(x, weight, then) and units >= _LEAST_BUSY * num_processors(x.device)
 
 
-def _inputs(rows: int, adds: bool, next_width: int) -> Inputs:
-    torch.manual_seed(0)
-    return Inputs(rows, adds, next_width).to("cuda", torch.float16)
-
-
-def _as_it_is(given: Inputs) -> tuple[Tensor, Tensor]:
-    product = F.linear(given.a, given.weight)
-    if given.x is None:
-        total, normed = product, layer_norm(product, given.norm, given.offset)
-    else:
-        total, normed = add_layer_norm(given.x, product, given.offset, given.norm)
-    return total, F.linear(normed, given.next_weight) if len(given.next_weight) else normed
-
-
-def _in_one(given: Inputs) -> tuple[Tensor, Tensor]:
-    """x + a weight^T + offset, or without x, a weight^T; and the norm, with offset, or the next product with that."""
-    a, x, next_width = given.a, given.x, len(given.next_weight)
-    total, out = torch.empty_like(a), a.new_empty(len(a), next_width or _WIDTH)
-    weights, added = (given.weight, given.next_weight if next_width else given.weight), a if x is None else x
-    units = triton.cdiv(len(a), 2 * _PIECE)
-    _product_and_norm[(min(units, num_processors(a.device)),)](
-        *(boxes(tensor, _PIECE, _PIECE) for tensor in (a, *weights, added, total, out)),
-        given.offset, given.norm.weight, given.norm.bias, units, given.norm.eps,
-        STAGES=_STAGES, ADDS=x is not None, NEXT=next_width // _PIECE, num_warps=4, enable_fp_fusion=True,
+def linear_norm(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    norm: nn.LayerNorm,
+    *,
+    residual: Tensor | None = None,
+    then: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.linear_norm`."""
+    total = x.new_empty(x.shape) if out is None else out
+    result = x.new_empty(*x.shape[:-1], _WIDTH if then is None else len(then))
+    x_rows, total_rows, result_rows = x.contiguous().flatten(0, -2), total.flatten(0, -2), result.flatten(0, -2)
+    added = x_rows if residual is None else residual.contiguous().flatten(0, -2)
+    weights = (weight, weight if then is None else then)
+    units = triton.cdiv(len(x_rows), 2 * _PIECE)
+    _product_and_norm[(min(units, num_processors(x.device)),)](
+        *(boxes(tensor, _PIECE, _PIECE) for tensor in (x_rows, *weights, added, total_rows, result_rows)),
+        offset, norm.weight, norm.bias, units, norm.eps,
+        STAGES=_STAGES, ADDS=residual is not None, NEXT=0 if then is None else len(then) // _PIECE,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return total, out
+    return total, result
 
 
 @gluon.jit
@@ -126,7 +87,7 @@ def _product_and_norm(
             (_fetch_weights, (weight, next_weight, stages, of_weight, units, NEXT)),
         ],
         [4, 1, 1],
-        [_REGISTERS, _FEW_REGISTERS, _FEW_REGISTERS],
+        [_REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH, _REGISTERS_TO_FETCH],
     )
 
 
@@ -252,7 +213,7 @@ def _one_group(
                 product = _end(product, of_weight, number + 2)
                 product = _begin(f4, stages, of_weight, number + 4, product)
                 product = _end(product, of_weight, number + 3)
-                product, f4 = warpgroup_mma_wait(0, deps=[product, f4])
+                product = warpgroup_mma_wait(0, deps=[product])
                 mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
                 tma.store_wait(0)
                 _put(out, [row, n * PIECE], staged.index(group), product.to(out.dtype))
@@ -305,7 +266,3 @@ def _put(tensor, place, piece, values):
     piece.store(values)
     fence_async_shared()
     put(tensor, place, piece)
-
-
-if __name__ == "__main__":
-    main()
