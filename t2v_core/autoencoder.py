@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig
-from t2v_core.layers import ResnetBlock, Sum, Upsample, conv_frames, summed_and_normed, total
+from t2v_core.layers import ResnetBlock, Sum, Upsample, conv_frames, conv_normed, summed_and_normed, total
 from t2v_core.shapes import SPATIAL_SCALE
 
 _EPS = 1e-6
@@ -97,8 +97,7 @@ class Encoder(nn.Module):
         x = conv_frames(x, self.conv_in)
         for block in self.down_blocks:
             x = block(x)
-        _, x = summed_and_normed(self.mid_block(x), self.conv_norm_out, over_frames=False, silu=True)
-        return conv_frames(x, self.conv_out)
+        return conv_normed(self.mid_block(x), self.conv_norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -126,8 +125,7 @@ class Decoder(nn.Module):
         x = self.mid_block(conv_frames(z, self.conv_in))
         for block in self.up_blocks:
             x = block(x)
-        _, x = summed_and_normed(x, self.conv_norm_out, over_frames=False, silu=True)
-        return conv_frames(x, self.conv_out)
+        return conv_normed(x, self.conv_norm_out, self.conv_out)
 
 
 class _DownBlock(nn.Module):

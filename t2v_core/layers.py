@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core import kernels
-from t2v_core.kernels import add, add_group_norm, conv_over_time, group_norm, join_quarters
+from t2v_core.kernels import add, add_group_norm, conv_over_time, group_norm, group_norm_conv, join_quarters
 from t2v_core.kernels.fp8 import FP8, dtype_for, quantise
 
 
@@ -43,6 +43,13 @@ def summed_and_normed(
     if isinstance(x, Sum):
         return add_group_norm(*x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
     return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+
+
+def conv_normed(x: Tensor | Sum, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """The last layers of a network: a 3x3 convolution of every frame, of the SiLU of the norm of the sum, if it is one."""
+    if isinstance(x, Sum):
+        return group_norm_conv(x.x, norm, conv, delta=x.delta, offset=x.offset)
+    return group_norm_conv(x, norm, conv)
 
 
 def conv_frames(x: Tensor, conv: nn.Conv2d, *, bias: bool = True) -> Tensor:

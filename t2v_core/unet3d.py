@@ -9,7 +9,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import UNetConfig
-from t2v_core.kernels import group_norm
 from t2v_core.layers import (
     Downsample,
     ResnetBlock,
@@ -18,6 +17,7 @@ from t2v_core.layers import (
     TimestepEmbedding,
     Upsample,
     conv_frames,
+    conv_normed,
     sinusoidal_embedding,
     total,
 )
@@ -177,7 +177,7 @@ class UNet3D(nn.Module):
             features = self._coarser(finest.downsample(x, skips), coarser, steering, skips)
         x = self.up_blocks[-1](features, skips, steering)
 
-        x = conv_frames(group_norm(x, self.conv_norm_out, over_frames=False, silu=True), self.conv_out)
+        x = conv_normed(x, self.conv_norm_out, self.conv_out)
         return rearrange(x, "b f h w c -> b c f h w").contiguous(), features
 
     def _coarser(self, x: Tensor, blocks: Sequence[nn.Module], steering: _Steering, skips: list[Tensor]) -> Tensor:

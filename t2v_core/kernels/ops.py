@@ -56,6 +56,18 @@ def add_group_norm(
     return fast.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
+def group_norm_conv(
+    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, *, delta: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
+    """As `plain.group_norm_conv`, by kernels for few channels out, which hardly occupy the library's."""
+    if _runs_triton(x):
+        from t2v_core.kernels import triton_norm_conv as fast
+
+        if fast.fits(conv):
+            return fast.group_norm_conv(x, norm, conv, delta=delta, offset=offset)
+    return plain.group_norm_conv(x, norm, conv, delta=delta, offset=offset)
+
+
 def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `plain.layer_norm`."""
     if not _runs_triton(x):

@@ -48,6 +48,20 @@ def add_group_norm(
     return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
+def group_norm_conv(
+    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, *, delta: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
+    """A convolution of every frame, of the SiLU of the GroupNorm of x + delta + offset; see `add` and `group_norm`.
+
+    x, delta: (b, f, h, w, c), offset: (c,) -> (b, f, h, w, c2). Statistics are of each frame.
+    """
+    if delta is not None:
+        x = add(x, delta, offset)
+    frames = rearrange(group_norm(x, norm, over_frames=False, silu=True), "b f h w c -> (b f) c h w")
+    out = F.conv2d(frames, conv.weight, conv.bias, conv.stride, conv.padding)
+    return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
+
+
 def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm of x + offset over the last dimension. x: (..., c), offset: (c,) -> as x, of its type or `dtype`."""
     return _as(norm(x + offset), dtype)

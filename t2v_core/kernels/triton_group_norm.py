@@ -78,7 +78,7 @@ def _group_norm(
     # An offset of one row is that of all samples; else each belongs to as many of them as a video has.
     offset_at = (0 if offset is None or len(offset) == 1 else offset.stride(0), samples // b)
     sizes = (positions, x_channels, channels)
-    flags = {"HAS_SKIP": skip is not None, "HAS_DELTA": delta is not None}
+    flags = {"has_skip": skip is not None, "has_delta": delta is not None, "has_offset": offset is not None}
 
     whole = triton.next_power_of_2(positions) * block_g
     fits_twice = whole <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
@@ -88,12 +88,43 @@ def _group_norm(
             kernel, values, num_warps = _whole_groups, whole, 2 if whole <= 1024 else 4 if whole <= 4096 else 8
         kernel[(samples, norm.num_groups)](
             x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
-            **flags, HAS_OFFSET=offset is not None, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
-            BLOCK_P=values // block_g, num_warps=num_warps, enable_fp_fusion=True,
+            **{name.upper(): value for name, value in flags.items()}, SILU=silu, GROUP_CHANNELS=group_channels,
+            BLOCK_G=block_g, BLOCK_P=values // block_g, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         return total, out
 
-    block_c = _block_of_channels(x_channels, channels)
+    scales = scales_of(x, second, total, added, norm, samples, sizes, offset_at, **flags)
+    block_c = block_of_channels(x_channels, channels)
+    block_p = _TILE_VALUES // block_c
+    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), samples)](
+        total, second, scales, out, *sizes,
+        HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return total, out
+
+
+def scales_of(
+    x: Tensor,
+    second: Tensor,
+    total: Tensor,
+    added: Tensor,
+    norm: nn.GroupNorm,
+    samples: int,
+    sizes: tuple[int, int, int],
+    offset_at: tuple[int, int],
+    *,
+    has_skip: bool = False,
+    has_delta: bool = False,
+    has_offset: bool = False,
+) -> Tensor:
+    """What the norm multiplies each channel of each sample by, and what it adds then. (samples, 2, channels), float32.
+
+    Of x, or of x and `second` beside each other, or of their sum, which is written to `total`. sizes: positions of a
+    sample, channels of x, and all channels; offset_at: the stride of offsets and how many samples share one.
+    """
+    positions, x_channels, channels = sizes
+    block_c = block_of_channels(x_channels, channels)
     block_p = _TILE_VALUES // block_c
     num_c = triton.cdiv(channels, block_c)
     chunks = min(triton.cdiv(positions, block_p), max(1, _PROGRAMS // (samples * num_c)), 128)
@@ -103,24 +134,20 @@ def _group_norm(
     scales = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     _sums[(num_c, chunks, samples)](
         x, second, added, total, sums, *sizes, chunk, chunks, *offset_at,
-        **flags, HAS_OFFSET=offset is not None, BLOCK_P=block_p, BLOCK_C=block_c,
+        HAS_SKIP=has_skip, HAS_DELTA=has_delta, HAS_OFFSET=has_offset, BLOCK_P=block_p, BLOCK_C=block_c,
         num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
+    group_channels = channels // norm.num_groups
     _scales[(samples, norm.num_groups)](
         sums, added, norm.weight, norm.bias, scales, positions, channels, norm.eps, chunks, *offset_at,
-        HAS_OFFSET=offset is not None and delta is None, GROUP_CHANNELS=group_channels, BLOCK_G=block_g,
-        BLOCK_N=triton.next_power_of_2(chunks),
+        HAS_OFFSET=has_offset and not has_delta, GROUP_CHANNELS=group_channels,
+        BLOCK_G=triton.next_power_of_2(group_channels), BLOCK_N=triton.next_power_of_2(chunks),
         num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
-    _apply[(num_c * triton.cdiv(positions, block_p), samples)](
-        total, second, scales, out, *sizes,
-        HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
-    return total, out
+    return scales
 
 
-def _block_of_channels(x_channels: int, channels: int) -> int:
+def block_of_channels(x_channels: int, channels: int) -> int:
     """A power of two that divides both inputs' channels, so that no program has idle threads or reads both inputs."""
     divisor = math.gcd(math.gcd(x_channels, channels), 256)
     return divisor if divisor >= 32 else triton.next_power_of_2(channels)

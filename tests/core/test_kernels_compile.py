@@ -34,6 +34,8 @@ UNET = GROUP_NORMS | {
     "_add",
     "_join_quarters",
     "_conv_tile",
+    "_multiply_taps",
+    "_add_taps",
 }
 
 
@@ -113,7 +115,7 @@ def test_the_decoder(compiled, tmp_path):
     autoencoder = prepared(Autoencoder, ModelConfig().autoencoder)
     frames = torch.cat(list(autoencoder.decode_chunks(draw(4, 16, 32, 32))))
     assert frames.shape == (16, 3, 256, 256)
-    check(compiled, GROUP_NORMS | {"_add", "_join_quarters"}, tmp_path)
+    check(compiled, GROUP_NORMS | {"_add", "_join_quarters", "_multiply_taps", "_add_taps"}, tmp_path)
 
 
 @pytest.mark.parametrize("has_noise", [False, True])

@@ -61,6 +61,44 @@ def test_group_norm(shape, groups, silu, over_frames, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize(
+    ("shape", "groups", "out_channels", "bias"),
+    [
+        ((2, 3, 7, 9, 40), 4, 3, True),
+        ((1, 2, 16, 24, 128), 32, 3, True),
+        ((1, 1, 1, 1, 320), 32, 4, True),
+        ((1, 2, 12, 40, 96), 4, 8, False),
+    ],
+)
+def test_group_norm_conv(shape, groups, out_channels, bias, dtype):
+    from t2v_core.kernels import triton_norm_conv as fast
+
+    x, delta, offset = draw(*shape, dtype=dtype, mean=1.0), draw(*shape, dtype=dtype), draw(shape[-1], dtype=dtype)
+    norm = randomised(nn.GroupNorm(groups, shape[-1]), dtype)
+    conv = randomised(nn.Conv2d(shape[-1], out_channels, 3, padding=1, bias=bias), dtype)
+    nn.init.normal_(conv.weight, 0.0, (9 * shape[-1]) ** -0.5)
+    conv.to(memory_format=torch.channels_last)
+    assert fast.fits(conv)
+    actual = [
+        fast.group_norm_conv(x, norm, conv, **sums)
+        for sums in ({}, {"delta": delta}, {"delta": delta, "offset": offset})
+    ]
+    x, delta, offset, norm, conv = (value.double() for value in (x, delta, offset, norm, conv))
+    for ours, sums in zip(actual, ({}, {"delta": delta}, {"delta": delta, "offset": offset}), strict=True):
+        assert_close(ours, plain.group_norm_conv(x, norm, conv, **sums), dtype)
+
+
+def test_group_norm_conv_is_for_few_channels_of_the_same_size():
+    from t2v_core.kernels import triton_norm_conv as fast
+
+    assert fast.fits(nn.Conv2d(320, 14, 3, padding=1))
+    assert not fast.fits(nn.Conv2d(320, 15, 3, padding=1))
+    assert not fast.fits(nn.Conv2d(320, 4, 3))
+    assert not fast.fits(nn.Conv2d(320, 4, 3, padding=1, stride=2))
+    assert not fast.fits(nn.Conv2d(320, 4, 1))
+
+
+@every_dtype
 @pytest.mark.parametrize("over_frames", [False, True])
 @pytest.mark.parametrize(
     ("channels", "skip_channels", "groups", "side"),
