@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 SHARED_BYTES = 224 << 10  # of a processor, less what barriers need
@@ -16,6 +16,13 @@ SHARED_BYTES = 224 << 10  # of a processor, less what barriers need
 # Between a box of a tensor and a processor's memory; the second names are those of Triton 3.6.
 fetch = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared
 put = tma.async_store if "async_store" in tma.__all__ else tma.async_copy_shared_to_global
+
+_Memory = gl.shared_memory_descriptor
+_IS_NEWER = gl.constexpr(hasattr(_Memory, "reinterpret"))  # than Triton 3.6
+# A part of shared memory cannot be seen as more than it is, since.
+seen_as = _Memory.reinterpret if _IS_NEWER.value else _Memory._reinterpret
+# Each product has a copy of a factor in registers, since, and there is room for few.
+KEEPS_FACTORS = not _IS_NEWER.value
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -42,6 +49,19 @@ def fetch_once_free(tensor, place, free, phase, full, box):
     mbarrier.wait(free, phase)
     mbarrier.expect(full, tensor.block_type.nbytes)
     fetch(tensor, place, full, box)
+
+
+@gluon.jit
+def from_on(memory, FIRST: gl.constexpr, SHAPE: gl.constexpr, layout: gl.constexpr):
+    """Shared memory from one of its parts on, seen in another shape."""
+    rest = memory.slice(FIRST, memory.shape[0] - FIRST) if _IS_NEWER else memory.index(FIRST)
+    return seen_as(rest, memory.dtype, SHAPE, layout)
+
+
+@gluon.jit
+def all_but(pending: gl.constexpr, product):
+    """The product, when no more than so many after it are under way."""
+    return warpgroup_mma_wait(pending, deps=[product])
 
 
 @gluon.jit

@@ -145,8 +145,13 @@ def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
 
 
 def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain.conv_frames`."""
-    if not _has_copy_engine(x):
+    """As `plain.conv_frames`, where a kernel of our own is faster than the library's."""
+    if _runs_gluon(x):
+        from t2v_core.kernels import gluon_conv as faster
+
+        if faster.pays(x, weight):
+            return faster.conv_frames(x, weight)
+    if x.dtype != FP8 or not _has_copy_engine(x):
         return plain.conv_frames(x, weight, dtype)
     from t2v_core.kernels import triton_conv as fast
 
@@ -155,6 +160,11 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `plain.conv_over_time`, where a kernel of our own is faster than the library's."""
+    if _runs_gluon(x):
+        from t2v_core.kernels import gluon_conv as faster
+
+        if faster.pays(x, weight):
+            return faster.conv_over_time(x, weight)
     if not _has_copy_engine(x):
         return plain.conv_over_time(x, weight, dtype)
     from t2v_core.kernels import triton_conv as fast
@@ -233,7 +243,7 @@ def _runs_gluon(x: Tensor) -> bool:
 def _knows_gluon() -> bool:
     """Whether Triton's Gluon, which is experimental, still has what our kernels import."""
     try:
-        for module in ("gluon_attention", "gluon_geglu", "gluon_linear_norm"):
+        for module in ("gluon_attention", "gluon_conv", "gluon_geglu", "gluon_linear_norm"):
             importlib.import_module(f"t2v_core.kernels.{module}")
     except (ImportError, AttributeError):
         logger.warning("this version of Triton has another Gluon: slower kernels are used", exc_info=True)

@@ -101,12 +101,13 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A convolution of every frame by numbers in fp8, without a bias.
+    """A convolution of every frame that keeps its size, without a bias. x: (b, f, h, w, c), weight: (c2, c, k, k).
 
-    x: (b, f, h, w, c) in fp8, weight: (c2, c, k, k) as `fp8.quantised` gives it -> (b, f, h, w, c2) of type `dtype`.
+    Both may be in fp8, the weight as `fp8.quantised` gives it. The result is of type `dtype`.
     """
     frames = rearrange(x.to(dtype), "b f h w c -> (b f) c h w")
-    out = F.conv2d(frames, _weight(weight, dtype), padding=weight.shape[-1] // 2)
+    weight = _weight(weight, dtype) if weight.dtype == FP8 else weight
+    out = F.conv2d(frames, weight, padding=weight.shape[-1] // 2)
     return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
 
 

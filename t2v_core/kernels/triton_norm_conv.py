@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from t2v_core.kernels.triton_group_norm import block_of_channels, scales_of
 
 _SIDE, _MOST_COLUMNS = 3, 128
-_BLOCK_P, _MOST_BLOCK_C = 128, 64  # pixels and channels at a time
-_ADDED_PIXELS = 128
+_BLOCK_P, _MOST_BLOCK_C = 64, 64  # pixels and channels at a time
+_ADDED_PIXELS = 64
 
 
 def fits(conv: nn.Conv2d) -> bool:
@@ -42,7 +42,7 @@ def group_norm_conv(
     block_c = max(16, min(_MOST_BLOCK_C, block_of_channels(channels, channels)))
     _multiply_taps[(triton.cdiv(positions, _BLOCK_P), images)](
         total, scales, taps, products, positions, channels, len(taps),
-        BLOCK_P=_BLOCK_P, BLOCK_C=block_c, COLUMNS=columns, num_warps=8, enable_fp_fusion=True,
+        BLOCK_P=_BLOCK_P, BLOCK_C=block_c, COLUMNS=columns, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     out = x.new_empty(b, f, h, w, out_channels)
     _add_taps[(triton.cdiv(positions, _ADDED_PIXELS), images)](

@@ -124,3 +124,17 @@ def test_the_samplers_update(compiled, has_noise, tmp_path):
     noise = torch.empty_like(latents) if has_noise else None
     ops.sampler_update(latents, latents, history, noise, draw(2, 7, dtype=torch.float32))
     check(compiled, {"_update"}, tmp_path)
+
+
+@pytest.mark.parametrize("piece", [64, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_convolutions_in_gluon(compiled, dtype, piece, tmp_path):
+    from t2v_core.kernels import gluon_conv
+
+    x, weight = draw(2, 16, 16, 16, 640, dtype=dtype), draw(10 * piece, 640, 3, 1, 1, dtype=dtype)
+    out = gluon_conv.conv_over_time(x, weight.to(memory_format=torch.channels_last_3d), piece=piece)
+    assert out.shape == (2, 16, 16, 16, len(weight))
+    of_frames = draw(len(weight), 640, 3, 3, dtype=dtype)
+    out = gluon_conv.conv_frames(x, of_frames.to(memory_format=torch.channels_last), piece=piece)
+    assert out.shape == (2, 16, 16, 16, len(weight))
+    check(compiled, {"_conv_tiles"}, tmp_path)

@@ -142,6 +142,16 @@ class _Shared:
     def permute(self, order: list[int]) -> "_Shared":
         return _Shared(self.values.permute(order), self.layout)
 
+    def slice(self, first: int, length: int) -> "_Shared":
+        assert 0 <= first <= first + length <= len(self.values)
+        return _Shared(self.values[first : first + length], self.layout)
+
+    def seen_as(self, dtype: torch.dtype, shape: list[int], layout: object) -> "_Shared":
+        """From its first number on."""
+        assert dtype == self.dtype
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return _Shared(self.values.as_strided(shape, strides), layout)
+
     def load(self, layout: object) -> Tensor:
         return self.there().clone().as_subclass(_Registers)
 
@@ -204,12 +214,10 @@ class _Boxes:
 
     def at(self, place: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
         """What of the tensor is in a box, and where in the box."""
-        ends = [
-            max(0, min(size, whole - first))
-            for first, size, whole in zip(place, self.block_type.shape, self.values.shape, strict=True)
-        ]
-        within = tuple(map(slice, ends))
-        return self.values[tuple(slice(first, first + end) for first, end in zip(place, ends, strict=True))], within
+        sizes = list(zip(place, self.block_type.shape, self.values.shape, strict=True))
+        inside = [slice(min(max(0, first), whole), max(0, min(first + size, whole))) for first, size, whole in sizes]
+        within = tuple(slice(part.start - first, part.stop - first) for part, first in zip(inside, place, strict=True))
+        return self.values[tuple(inside)], within
 
 
 @dataclass
@@ -396,6 +404,8 @@ _FUNCTIONS = {
     hopper.warpgroup_mma: _multiply,
     hopper.warpgroup_mma_wait: _multiply_wait,
     getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared: _fetch,
+    getattr(gl.shared_memory_descriptor, "reinterpret", None)
+    or gl.shared_memory_descriptor._reinterpret: _Shared.seen_as,
     getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global: _put,
 }
 

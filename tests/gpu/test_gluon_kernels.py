@@ -127,13 +127,88 @@ def test_linear_norm_is_for_320_channels_and_rows_for_most_processors():
     assert not fast.fits(x, weight, then.float())
 
 
+@pytest.mark.usefixtures("runs_gluon")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("processors", [1, 5, 132])
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("piece", [64, 32])
+@pytest.mark.parametrize(
+    ("rows", "frames", "height", "width", "channels", "parts"),
+    [(1, 1, 1, 1, 64, 1), (3, 9, 3, 7, 128, 2), (2, 16, 8, 9, 64, 3), (2, 24, 2, 9, 640, 1)],
+)
+def test_conv_over_time(rows, frames, height, width, channels, parts, piece, runs_ahead, processors, dtype, monkeypatch):
+    from t2v_core.kernels import gluon_conv as fast
+
+    monkeypatch.setattr(fast, "num_processors", lambda device: processors)
+    monkeypatch.setattr(fast, "_RUNS_AHEAD", runs_ahead)
+    x, weight = draw(rows, frames, height, width, channels, dtype=dtype), taps(parts * 5 * piece, channels, dtype)
+    assert fast.fits(x, weight)
+    actual = fast.conv_over_time(x, weight, piece=piece)
+    assert_close(actual, plain.conv_over_time(x.double(), weight.double()), dtype)
+
+
+@pytest.mark.usefixtures("runs_gluon")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("piece", [64, 32])
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "channels", "parts"),
+    [(1, 1, 1, 64, 1), (3, 9, 7, 128, 2), (4, 8, 16, 64, 3), (3, 20, 36, 320, 1)],
+)
+def test_conv_frames(frames, height, width, channels, parts, piece, processors, dtype, monkeypatch):
+    from t2v_core.kernels import gluon_conv as fast
+
+    monkeypatch.setattr(fast, "num_processors", lambda device: processors)
+    x, weight = draw(2, frames, height, width, channels, dtype=dtype), square_taps(parts * 5 * piece, channels, dtype)
+    assert fast.fits(x, weight)
+    actual = fast.conv_frames(x, weight, piece=piece)
+    assert_close(actual, plain.conv_frames(x.double(), weight.double(), torch.float64), dtype)
+
+
+def taps(out_channels, channels, dtype):
+    """Of a convolution over time that keeps the size of its channels, as networks have them in memory."""
+    weight = draw(out_channels, channels, 3, 1, 1, dtype=dtype) / (3 * channels) ** 0.5
+    return weight.to(memory_format=torch.channels_last_3d)
+
+
+def square_taps(out_channels, channels, dtype):
+    """The same of frames."""
+    weight = draw(out_channels, channels, 3, 3, dtype=dtype) / (9 * channels) ** 0.5
+    return weight.to(memory_format=torch.channels_last)
+
+
+def test_convolutions_are_for_certain_channels_and_tiles_for_most_processors(monkeypatch):
+    from t2v_core.kernels import gluon_conv as fast
+
+    monkeypatch.setattr(fast, "num_processors", lambda device: 132)
+    x, weight = torch.empty(2, 16, 32, 32, 320).half(), taps(320, 320, torch.float16)
+    assert fast.pays(x, weight)
+    assert not fast.pays(x[:, :, :8, :8], weight)
+    assert not fast.fits(x, weight.contiguous())
+    assert not fast.fits(x, taps(320, 320, torch.float32))
+    assert not fast.fits(x, taps(192, 320, torch.float16))
+    assert not fast.fits(x[..., :100], taps(320, 100, torch.float16))
+    of_frames = square_taps(320, 320, torch.float16)
+    assert fast.pays(x, of_frames)
+    assert not fast.pays(x[:, :, :30, :28], of_frames)  # too much outside
+    assert not fast.fits(x, of_frames[:, :, :1])
+
+
+@pytest.mark.parametrize(("side", "channels", "columns"), [(32, 320, 320), (16, 640, 320), (8, 1280, 160)])
+def test_convolutions_have_small_tiles_where_large_ones_leave_processors_idle(side, channels, columns):
+    from t2v_core.kernels import gluon_conv as fast
+
+    videos, weight = torch.empty(2, 16, side**2, channels), torch.empty(channels, channels, 3, 1, 1)
+    assert 5 * fast._piece(videos, weight, 132) == columns
+
+
 def test_another_gluon_is_told_and_not_used(monkeypatch, caplog):
     from triton.experimental.gluon.language.nvidia import hopper
 
     ops._knows_gluon.cache_clear()
     assert ops._knows_gluon()
     ops._knows_gluon.cache_clear()
-    for module in ("gluon_hopper", "gluon_geglu", "gluon_attention", "gluon_linear_norm"):
+    for module in ("gluon_hopper", "gluon_geglu", "gluon_attention", "gluon_linear_norm", "gluon_conv"):
         monkeypatch.delitem(sys.modules, f"t2v_core.kernels.{module}", raising=False)
     monkeypatch.delattr(hopper, "warpgroup_mma")
     assert not ops._knows_gluon()

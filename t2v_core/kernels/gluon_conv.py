@@ -1,0 +1,311 @@
+"""Convolutions of three lines, each of which is fetched once for all of them: of frames, and over time.
+
+A group of warps has 8 lines of 8 pixels, and fetches those with the line before and the one after: what a tap reads is
+8 lines in a row of these 10. For taps beside each other they are fetched again, a pixel to the left and to the right.
+Over time, lines are frames. Two groups share what is fetched of the weight; each has all its rows' columns in
+registers, five pieces, for which it loads its rows from shared memory once. One warp fetches rows, and one the weight.
+
+For Hopper GPUs and half precision.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from t2v_core.kernels import triton_conv
+from t2v_core.kernels.gluon_hopper import (
+    KEEPS_FACTORS,
+    all_but,
+    barriers,
+    boxes,
+    fetch,
+    from_on,
+    is_half,
+    put,
+    seen_as,
+    sums_of,
+)
+from t2v_core.kernels.triton_geglu import num_processors
+
+_LINES, _PIXELS, _CHANNELS = 8, 8, 64  # of a group's rows, at a time
+_PIECES = gl.constexpr(5)
+_STAGES = {64: 4, 32: 8}  # of the weight, by the columns of a piece
+_ROW_STAGES = 2
+_RUNS_AHEAD = KEEPS_FACTORS  # with a tap's products while those of the one before are under way
+_WORTH_MORE_TILES = 0.85  # of the time that larger ones take
+_MOST_COMPUTED = 1.05  # of an image's pixels
+_LEAST_BUSY = 0.75  # of the processors
+# Of frames in more rounds of tiles, and in several tiles beside each other, the library is as fast or up to a tenth
+# faster on an H200 (256 frames of 16x16 and 640 channels: 717 us against 762), which is hot by then.
+_MOST_ROUNDS = 4
+_REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH = gl.constexpr(240), gl.constexpr(24)  # a thread
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel is made for such channels and taps, and this memory of the weight. x: (b, f, h, w, c)."""
+    is_even = len(weight) % _columns(min(_STAGES)) == 0
+    return is_half(x, weight) and weight.shape[2:] in ((3, 3), (3, 1, 1)) and is_even and triton_conv.fits(x, weight)
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are tiles for most processors, too, few pixels outside of images, and the library is no faster."""
+    if not fits(x, weight):
+        return False
+    images, processors = _images(x, weight), num_processors(x.device)
+    n, lines, pixels, _ = images.shape
+    piece = _piece(images, weight, processors)
+    tiles = _tiles(images, weight, piece)
+    is_faster = weight.dim() == 5 or tiles <= _MOST_ROUNDS * processors or len(weight) == _columns(piece)
+    computed = _boxes(images) * _LINES * _PIXELS
+    return is_faster and tiles >= _LEAST_BUSY * processors and computed <= _MOST_COMPUTED * n * lines * pixels
+
+
+def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, piece: int | None = None) -> Tensor:
+    """See `plain.conv_over_time`. Of x's type; with so many columns a piece, or as many as seem best."""
+    assert dtype in (None, x.dtype)
+    return _conv(_images(x, weight), weight, piece).unflatten(2, x.shape[2:4])
+
+
+def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, piece: int | None = None) -> Tensor:
+    """See `plain.conv_frames`. Of x's type; with so many columns a piece, or as many as seem best."""
+    assert dtype in (None, x.dtype)
+    return _conv(_images(x, weight), weight, piece).unflatten(0, x.shape[:2])
+
+
+def _images(x: Tensor, weight: Tensor) -> Tensor:
+    """What has lines and pixels: frames or, over time, videos, whose lines are frames. (n, lines, pixels, c)"""
+    return x.flatten(0, 1) if weight.dim() == 4 else x.flatten(2, 3)
+
+
+def _conv(x: Tensor, weight: Tensor, piece: int | None) -> Tensor:
+    """x: (n, lines, pixels, c), weight: (c2, c, 3, 3) or (c2, c, 3, 1, 1), with channels last -> (n, lines, pixels, c2)."""
+    n, lines, pixels, channels = x.shape
+    processors = num_processors(x.device)
+    if piece is None:
+        piece = _piece(x, weight, processors)
+    out = x.new_empty(n, lines, pixels, len(weight))
+    shifts = weight.shape[3]
+    taps = weight.movedim(1, -1).reshape(len(weight), 3 * shifts * channels)  # as they lie in memory
+    tiles = _tiles(x, weight, piece)
+    _conv_tiles[(min(tiles, processors),)](
+        boxes(x.contiguous(), 1, 2, _PIXELS, _CHANNELS),
+        boxes(taps, piece, _CHANNELS),
+        boxes(out, 1, _LINES, _PIXELS, piece),
+        tiles, len(weight) // _columns(piece), triton.cdiv(lines, _LINES), triton.cdiv(pixels, _PIXELS),
+        shifts * channels // _CHANNELS,
+        SHIFTS=shifts, ROW_STAGES=_ROW_STAGES, STAGES=_STAGES[piece], RUNS_AHEAD=_RUNS_AHEAD,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def _piece(x: Tensor, weight: Tensor, processors: int) -> int:
+    """Of whose tiles the last round leaves the fewest processors idle: small ones only where that is worth it."""
+
+    def time(piece: int) -> float:
+        rounds = triton.cdiv(_tiles(x, weight, piece), processors)
+        return rounds * piece * (1.0 if piece == max(_STAGES) else 1 / _WORTH_MORE_TILES)
+
+    return min((piece for piece in _STAGES if len(weight) % _columns(piece) == 0), key=time)
+
+
+def _columns(piece: int) -> int:
+    """Of a tile."""
+    return int(_PIECES.value * piece)
+
+
+def _tiles(x: Tensor, weight: Tensor, piece: int) -> int:
+    return triton.cdiv(_boxes(x), 2) * (len(weight) // _columns(piece))
+
+
+def _boxes(x: Tensor) -> int:
+    n, lines, pixels, _ = x.shape
+    return n * triton.cdiv(lines, _LINES) * triton.cdiv(pixels, _PIXELS)
+
+
+@gluon.jit
+def _conv_tiles(
+    x, weight, out, tiles, parts, boxes_l, boxes_p, steps,
+    SHIFTS: gl.constexpr, ROW_STAGES: gl.constexpr, STAGES: gl.constexpr, RUNS_AHEAD: gl.constexpr,
+):  # fmt: skip
+    """A tile is a box of lines and pixels for each of two groups, with one of so many parts of the columns."""
+    PIXELS: gl.constexpr = x.block_type.shape[2]
+    CHANNELS: gl.constexpr = x.block_type.shape[3]
+    PIECE: gl.constexpr = weight.block_type.shape[0]
+    # Two lines at a time, of each group 16: ten are fetched, and there is room for what is written from there.
+    rows = gl.allocate_shared_memory(x.dtype, [ROW_STAGES * 16, 1, 2, PIXELS, CHANNELS], x.layout)
+    stages = gl.allocate_shared_memory(weight.dtype, [STAGES * _PIECES, PIECE, CHANNELS], weight.layout)
+    of_rows = (barriers(ROW_STAGES, 1), barriers(ROW_STAGES, 2))
+    of_weight = (barriers(STAGES, 1), barriers(STAGES, 2))
+    cut, of_boxes = (tiles, parts, steps), (boxes_l, boxes_p)
+    gl.warp_specialize(
+        [
+            (_one_group, (0, out, rows, of_rows, stages, of_weight, cut, of_boxes, RUNS_AHEAD)),
+            (_one_group, (1, out, rows, of_rows, stages, of_weight, cut, of_boxes, RUNS_AHEAD)),
+            (_fetch_rows, (x, rows, of_rows, cut, of_boxes, SHIFTS)),
+            (_fetch_weight, (weight, stages, of_weight, cut, SHIFTS)),
+        ],
+        [4, 1, 1],
+        [_REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH, _REGISTERS_TO_FETCH],
+    )
+
+
+@gluon.jit
+def _place(box, of_boxes, LINES: gl.constexpr, PIXELS: gl.constexpr):
+    """The image, the first line and the first pixel."""
+    boxes_l, boxes_p = of_boxes
+    return box // (boxes_l * boxes_p), box % boxes_l * LINES, box // boxes_l % boxes_p * PIXELS
+
+
+@gluon.jit
+def _fetch_rows(x, rows, of_rows, cut, of_boxes, SHIFTS: gl.constexpr):
+    full, free = of_rows
+    tiles, parts, steps = cut
+    STAGES: gl.constexpr = full.shape[0]
+    PIXELS: gl.constexpr = x.block_type.shape[2]
+    CHANNELS: gl.constexpr = x.block_type.shape[3]
+    done = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        image, line, pixel = _place(tile // parts * 2, of_boxes, 8, PIXELS)
+        next_image, next_line, next_pixel = _place(tile // parts * 2 + 1, of_boxes, 8, PIXELS)
+        for step in range(steps):
+            shift, channel = step % SHIFTS - SHIFTS // 2, step // SHIFTS * CHANNELS
+            stage = done % STAGES
+            mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
+            mbarrier.expect(full.index(stage), 10 * x.block_type.nbytes)
+            for i in gl.static_range(5):
+                place = [image, line - 1 + 2 * i, pixel + shift, channel]
+                fetch(x, place, full.index(stage), rows.index(stage * 16 + i))
+            for i in gl.static_range(5):
+                place = [next_image, next_line - 1 + 2 * i, next_pixel + shift, channel]
+                fetch(x, place, full.index(stage), rows.index(stage * 16 + 8 + i))
+            done += 1
+
+
+@gluon.jit
+def _fetch_weight(weight, stages, of_weight, cut, SHIFTS: gl.constexpr):
+    full, free = of_weight
+    tiles, parts, steps = cut
+    STAGES: gl.constexpr = full.shape[0]
+    PIECE: gl.constexpr = weight.block_type.shape[0]
+    CHANNELS: gl.constexpr = weight.block_type.shape[1]
+    done = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for i in range(3 * steps):
+            stage = done % STAGES
+            mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
+            mbarrier.expect(full.index(stage), _PIECES * weight.block_type.nbytes)
+            tap, step = i % 3, i // 3
+            channels = (tap * SHIFTS + step % SHIFTS) * (steps // SHIFTS) + step // SHIFTS
+            for n in gl.static_range(_PIECES):
+                place = [(tile % parts * _PIECES + n) * PIECE, channels * CHANNELS]
+                fetch(weight, place, full.index(stage), stages.index(stage * _PIECES + n))
+            done += 1
+
+
+@gluon.jit
+def _one_group(group, out, rows, of_rows, stages, of_weight, cut, of_boxes, RUNS_AHEAD: gl.constexpr):
+    tiles, parts, steps = cut
+    full, free = of_rows
+    STAGES: gl.constexpr = full.shape[0]
+    PIECE: gl.constexpr = out.block_type.shape[3]
+    done = 0  # steps
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        sums = _nothing(PIECE)
+        for step in range(steps):
+            stage = done % STAGES
+            mbarrier.wait(full.index(stage), done // STAGES & 1)
+            ours = stage * 2 + group
+            f0 = _factor(rows, ours, 0, PIECE)
+            sums = _multiply(f0, stages, of_weight, 3 * done, sums, RUNS_AHEAD)
+            f1 = _factor(rows, ours, 1, PIECE)
+            sums = _multiply(f1, stages, of_weight, 3 * done + 1, sums, RUNS_AHEAD)
+            if RUNS_AHEAD:
+                f0 = warpgroup_mma_wait(_PIECES, deps=[f0])
+            _free(of_weight, 3 * done)
+            f2 = _factor(rows, ours, 2, PIECE)
+            if step + 1 < steps:
+                mbarrier.arrive(free.index(stage))
+            sums = _multiply(f2, stages, of_weight, 3 * done + 2, sums, RUNS_AHEAD)
+            if RUNS_AHEAD:
+                f1 = warpgroup_mma_wait(_PIECES, deps=[f1])
+            _free(of_weight, 3 * done + 1)
+            sums = warpgroup_mma_wait(0, deps=sums + (f2,))[:_PIECES]
+            _free(of_weight, 3 * done + 2)
+            done += 1
+
+        # What is written leaves from where the last rows were.
+        last = (done - 1) % STAGES
+        place = _place(tile // parts * 2 + group, of_boxes, out.block_type.shape[1], out.block_type.shape[2])
+        for n in gl.static_range(_PIECES):
+            _put(out, place, (tile % parts * _PIECES + n) * PIECE, rows, last * 2 + group, n, sums[n])
+        tma.store_wait(0)
+        mbarrier.arrive(free.index(last))
+
+
+@gluon.jit
+def _nothing(PIECE: gl.constexpr):
+    """The sums before there are any products."""
+    sums = ()
+    for _ in gl.static_range(_PIECES):
+        sums = sums + (gl.zeros([64, PIECE], gl.float32, sums_of(PIECE)),)
+    return sums
+
+
+@gluon.jit
+def _factor(rows, ours, TAP: gl.constexpr, PIECE: gl.constexpr):
+    """What a tap reads of our 10 lines: 8 of them."""
+    PIXELS: gl.constexpr = rows.shape[3]
+    CHANNELS: gl.constexpr = rows.shape[4]
+    PLACES: gl.constexpr = rows.shape[0] // 8
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    lines = seen_as(rows, rows.dtype, [16 * PLACES, PIXELS, CHANNELS], layout)
+    eights = from_on(lines, TAP, [2 * PLACES - 1, 8 * PIXELS, CHANNELS], layout)
+    return eights.index(2 * ours).load(gl.DotOperandLayout(operand_index=0, parent=sums_of(PIECE), k_width=2))
+
+
+@gluon.jit
+def _multiply(factor, stages, of_weight, number, sums, RUNS_AHEAD: gl.constexpr):
+    """The products with the `number`th part of the weight."""
+    STAGES: gl.constexpr = of_weight[0].shape[0]
+    stage = number % STAGES
+    mbarrier.wait(of_weight[0].index(stage), number // STAGES & 1)
+    products = ()
+    for n in gl.static_range(_PIECES):
+        columns = stages.index(stage * _PIECES + n).permute([1, 0])
+        products = products + (warpgroup_mma(factor, columns, sums[n], is_async=True),)
+        if n > 0 and not RUNS_AHEAD:
+            products = products[: n - 1] + (all_but(1, products[n - 1]), products[n])
+    if not RUNS_AHEAD:
+        products = products[: _PIECES - 1] + (all_but(0, products[_PIECES - 1]),)
+    return products
+
+
+@gluon.jit
+def _free(of_weight, number):
+    """The `number`th part of the weight is used up."""
+    mbarrier.arrive(of_weight[1].index(number % of_weight[1].shape[0]))
+
+
+@gluon.jit
+def _put(out, place, column, rows, ours, N: gl.constexpr, sums):
+    """The `N`th piece of a tile's columns."""
+    PIECE: gl.constexpr = sums.shape[1]
+    ROOM: gl.constexpr = 128 // PIECE  # pieces in one place
+    image, line, pixel = place
+    SHAPE: gl.constexpr = [rows.shape[0] // 8 * ROOM, 1, out.block_type.shape[1], out.block_type.shape[2], PIECE]
+    piece = seen_as(rows, out.dtype, SHAPE, out.layout).index(ours * ROOM + N % ROOM)
+    if N >= ROOM:
+        tma.store_wait(ROOM - 1)
+    piece.reshape(sums.shape).store(sums.to(out.dtype))
+    fence_async_shared()
+    put(out, [image, line, pixel, column], piece)
