@@ -215,7 +215,7 @@ def _flop_of_kernel(name: str, tensors: list[Tensor]) -> int:
     if name == "_product_and_norm":
         x, *weights = tensors[:3]
         return 2 * len(x) * sum(weight.numel() for weight in weights)
-    if name not in ("_geglu", "_geglu_that_stays", "_in_turns", "_conv_tile"):
+    if name not in ("_geglu", "_geglu_that_stays", "_in_turns", "_conv_tile", "_conv_tiles"):
         return 0
     x, weight = tensors[:2]
     return 2 * (x.numel() // x.shape[-1]) * weight.numel()

@@ -12,7 +12,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig
-from t2v_core.layers import ResnetBlock, Sum, Upsample, conv_frames, conv_normed, summed_and_normed, total
+from t2v_core.layers import (
+    ResnetBlock,
+    Sum,
+    Unfinished,
+    Upsample,
+    conv_frames,
+    conv_normed,
+    summed_and_normed,
+    total,
+)
 from t2v_core.shapes import SPATIAL_SCALE
 
 _EPS = 1e-6
@@ -148,7 +157,7 @@ class _UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(c, out_channels, groups=groups, eps=_EPS) for c in in_channels)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor | Sum) -> Tensor | Sum:
+    def forward(self, x: Unfinished) -> Unfinished:
         for resnet in self.resnets:
             x = resnet(x)
         for upsample in self.upsamplers:

@@ -16,7 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core import kernels
-from t2v_core.kernels import add, add_group_norm, conv_over_time, group_norm, group_norm_conv, join_quarters
+from t2v_core.kernels import (
+    add,
+    add_group_norm,
+    conv_over_time,
+    group_norm,
+    group_norm_conv,
+    join_quarters,
+    join_quarters_group_norm,
+)
 from t2v_core.kernels.fp8 import dtype_for, quantise
 
 
@@ -31,25 +39,40 @@ class Sum(NamedTuple):
     offset: Tensor | None = None
 
 
-def total(x: Tensor | Sum) -> Tensor:
-    """The sum, if it is one, in numbers."""
+class Quarters(NamedTuple):
+    """An image of twice the height and width, not put together yet; as `Sum`, and for the arguments `join_quarters`."""
+
+    corners: Tensor
+    bias: Tensor
+
+
+Unfinished = Tensor | Sum | Quarters
+
+
+def total(x: Unfinished) -> Tensor:
+    """The sum or the image, if it is one, in numbers."""
+    if isinstance(x, Quarters):
+        return join_quarters(*x)
     return add(*x) if isinstance(x, Sum) else x
 
 
 def summed_and_normed(
-    x: Tensor | Sum, norm: nn.GroupNorm, *, over_frames: bool, silu: bool, dtype: torch.dtype | None = None
+    x: Unfinished, norm: nn.GroupNorm, *, over_frames: bool, silu: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum, if it is one, and the norm of it, of a type of its own if one is given."""
+    """The sum or the image, if it is one, and the norm of it, of a type of its own if one is given."""
     if isinstance(x, Sum):
         return add_group_norm(*x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+    if isinstance(x, Quarters):
+        assert not over_frames
+        return join_quarters_group_norm(*x, norm, silu=silu, dtype=dtype)
     return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
 
 
-def conv_normed(x: Tensor | Sum, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
-    """The last layers of a network: a 3x3 convolution of every frame, of the SiLU of the norm of the sum, if it is one."""
+def conv_normed(x: Unfinished, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """The last layers of a network: a 3x3 convolution of every frame, of the SiLU of its norm."""
     if isinstance(x, Sum):
         return group_norm_conv(x.x, norm, conv, delta=x.delta, offset=x.offset)
-    return group_norm_conv(x, norm, conv)
+    return group_norm_conv(total(x), norm, conv)
 
 
 def conv_frames(x: Tensor, conv: nn.Conv2d, *, bias: bool = True) -> Tensor:
@@ -111,7 +134,7 @@ class ResnetBlock(nn.Module):
         """Let both convolutions have fp8."""
         quantise(self.conv1, self.conv2)
 
-    def forward(self, x: Tensor | Sum, skip: Tensor | None = None, time: Tensor | None = None) -> Sum:
+    def forward(self, x: Unfinished, skip: Tensor | None = None, time: Tensor | None = None) -> Sum:
         """x: (b, f, h, w, c), skip: more channels of the input, (b, f, h, w, c2) -> (b, f, h, w, out_channels).
 
         time: (b, out_channels), what the time embedding adds after the first convolution, that one's bias included.
@@ -226,7 +249,7 @@ class Upsample(nn.Module):
         fused = rearrange(quarters, "p q o i y x -> (p q o) i y x").to(self.conv.weight.dtype)
         self.fused = fused.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor | Quarters:
         b, _, h, w, _ = x.shape
         frames = rearrange(x, "b f h w c -> (b f) c h w")
         if self.fused is None or size != (2 * h, 2 * w):
@@ -234,4 +257,4 @@ class Upsample(nn.Module):
             return conv_frames(rearrange(enlarged, "(b f) c h w -> b f h w c", b=b), self.conv)
         corners = F.conv2d(frames, self.fused, padding=1)  # of all pixels: one more than pixels
         assert self.conv.bias is not None
-        return join_quarters(rearrange(corners, "(b f) c h w -> b f h w c", b=b), self.conv.bias)
+        return Quarters(rearrange(corners, "(b f) c h w -> b f h w c", b=b), self.conv.bias)

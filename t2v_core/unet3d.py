@@ -308,5 +308,5 @@ class UpBlock(_Layers):
         for upsample in self.upsamplers:
             # Not simply twice the size: a side that was odd before it was halved must meet its skip connection.
             height, width = skips[-1].shape[2:4]
-            x = upsample(x, (height, width))
+            x = total(upsample(x, (height, width)))
         return x

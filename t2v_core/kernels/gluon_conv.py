@@ -87,7 +87,7 @@ def _images(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, piece: int | None) -> Tensor:
-    """x: (n, lines, pixels, c), weight: (c2, c, 3, 3) or (c2, c, 3, 1, 1), with channels last -> (n, lines, pixels, c2)."""
+    """x: (n, lines, pixels, c), weight: (c2, c, 3, 3) or (c2, c, 3, 1, 1) -> (n, lines, pixels, c2)."""
     n, lines, pixels, channels = x.shape
     processors = num_processors(x.device)
     if piece is None:
@@ -257,7 +257,7 @@ def _nothing(PIECE: gl.constexpr):
     """The sums before there are any products."""
     sums = ()
     for _ in gl.static_range(_PIECES):
-        sums = sums + (gl.zeros([64, PIECE], gl.float32, sums_of(PIECE)),)
+        sums = sums + (gl.zeros([64, PIECE], gl.float32, sums_of(PIECE)),)  # type: ignore[assignment]
     return sums
 
 
@@ -282,7 +282,7 @@ def _multiply(factor, stages, of_weight, number, sums, RUNS_AHEAD: gl.constexpr)
     products = ()
     for n in gl.static_range(_PIECES):
         columns = stages.index(stage * _PIECES + n).permute([1, 0])
-        products = products + (warpgroup_mma(factor, columns, sums[n], is_async=True),)
+        products = products + (warpgroup_mma(factor, columns, sums[n], is_async=True),)  # type: ignore[assignment]
         if n > 0 and not RUNS_AHEAD:
             products = products[: n - 1] + (all_but(1, products[n - 1]), products[n])
     if not RUNS_AHEAD:

@@ -135,6 +135,17 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     return fast.join_quarters(corners, bias)
 
 
+def join_quarters_group_norm(
+    corners: Tensor, bias: Tensor, norm: nn.GroupNorm, *, silu: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `plain.join_quarters_group_norm`, with the image read once less."""
+    if not _runs_triton(corners):
+        return plain.join_quarters_group_norm(corners, bias, norm, silu=silu, dtype=dtype)
+    from t2v_core.kernels import triton_group_norm as fast
+
+    return fast.join_quarters_group_norm(corners, bias, norm, silu=silu, dtype=dtype)
+
+
 def add(x: Tensor, delta: Tensor, offset: Tensor | None = None) -> Tensor:
     """As `plain.add`, at once."""
     if offset is None or not _runs_triton(x):

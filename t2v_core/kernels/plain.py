@@ -100,6 +100,14 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     return rearrange(torch.stack(rows) + bias, "p q b f h w c -> b f (h p) (w q) c").contiguous()
 
 
+def join_quarters_group_norm(
+    corners: Tensor, bias: Tensor, norm: nn.GroupNorm, *, silu: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The image that has these quarters, and the GroupNorm of each of its frames; see `join_quarters`, `group_norm`."""
+    x = join_quarters(corners, bias)
+    return x, group_norm(x, norm, over_frames=False, silu=silu, dtype=dtype)
+
+
 def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A convolution of every frame that keeps its size, without a bias. x: (b, f, h, w, c), weight: (c2, c, k, k).
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from t2v_core.kernels.triton_rows import load_quarter
+
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
 _WHOLE_GROUP_CHANNELS = 30  # fewer beside each other in memory are read too slowly by groups
 # Of a group that is read twice. On an H200, it takes 11 us instead of 17 for 2 rows of 16 frames of 8x8 and 1280
@@ -94,14 +96,24 @@ def _group_norm(
         return total, out
 
     scales = scales_of(x, second, total, added, norm, samples, sizes, offset_at, **flags)
-    block_c = block_of_channels(x_channels, channels)
-    block_p = _TILE_VALUES // block_c
-    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), samples)](
-        total, second, scales, out, *sizes,
-        HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    _apply_scales(total, second, scales, out, sizes, has_skip=skip is not None, silu=silu)
     return total, out
+
+
+def join_quarters_group_norm(
+    corners: Tensor, bias: Tensor, norm: nn.GroupNorm, *, silu: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `plain.join_quarters_group_norm`."""
+    b, f, h, w, channels = corners.shape
+    h, w, channels = 2 * h - 2, 2 * w - 2, channels // 4
+    sizes, samples = (h * w, channels, channels), b * f
+    corners = corners.contiguous()
+    joined = corners.new_empty(b, f, h, w, channels)
+    out = torch.empty_like(joined, dtype=dtype)
+    added = bias[None]
+    scales = scales_of(corners, joined, joined, added, norm, samples, sizes, (0, samples), width=w, has_offset=True)
+    _apply_scales(joined, joined, scales, out, sizes, has_skip=False, silu=silu)
+    return joined, out
 
 
 def scales_of(
@@ -114,14 +126,16 @@ def scales_of(
     sizes: tuple[int, int, int],
     offset_at: tuple[int, int],
     *,
+    width: int = 0,
     has_skip: bool = False,
     has_delta: bool = False,
     has_offset: bool = False,
 ) -> Tensor:
     """What the norm multiplies each channel of each sample by, and what it adds then. (samples, 2, channels), float32.
 
-    Of x, or of x and `second` beside each other, or of their sum, which is written to `total`. sizes: positions of a
-    sample, channels of x, and all channels; offset_at: the stride of offsets and how many samples share one.
+    Of x, or of x and `second` beside each other, or of their sum, or of an image of such a `width` of which x has the
+    quarters; the last two are written to `total`. sizes: positions of a sample, channels of x, and all channels;
+    offset_at: the stride of offsets and how many samples share one.
     """
     positions, x_channels, channels = sizes
     block_c = block_of_channels(x_channels, channels)
@@ -133,18 +147,31 @@ def scales_of(
     sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
     scales = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     _sums[(num_c, chunks, samples)](
-        x, second, added, total, sums, *sizes, chunk, chunks, *offset_at,
-        HAS_SKIP=has_skip, HAS_DELTA=has_delta, HAS_OFFSET=has_offset, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+        x, second, added, total, sums, *sizes, width, chunk, chunks, *offset_at,
+        HAS_SKIP=has_skip, HAS_DELTA=has_delta, HAS_QUARTERS=width > 0, HAS_OFFSET=has_offset,
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     group_channels = channels // norm.num_groups
     _scales[(samples, norm.num_groups)](
         sums, added, norm.weight, norm.bias, scales, positions, channels, norm.eps, chunks, *offset_at,
-        HAS_OFFSET=has_offset and not has_delta, GROUP_CHANNELS=group_channels,
+        HAS_OFFSET=has_offset and not (has_delta or width), GROUP_CHANNELS=group_channels,
         BLOCK_G=triton.next_power_of_2(group_channels), BLOCK_N=triton.next_power_of_2(chunks),
         num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     return scales
+
+
+def _apply_scales(
+    x: Tensor, second: Tensor, scales: Tensor, out: Tensor, sizes: tuple[int, int, int], *, has_skip: bool, silu: bool
+) -> None:
+    positions, x_channels, channels = sizes
+    block_c = block_of_channels(x_channels, channels)
+    block_p = _TILE_VALUES // block_c
+    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), len(scales))](
+        x, second, scales, out, *sizes,
+        HAS_SKIP=has_skip, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def block_of_channels(x_channels: int, channels: int) -> int:
@@ -249,35 +276,45 @@ def _groups_in_parts(
 
 @triton.jit
 def _sums(
-    x, second, offset, summed, sums, positions, x_channels, channels, chunk, chunks, offset_stride, offset_share,
-    HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, second, offset, summed, sums, positions, x_channels, channels, width, chunk, chunks, offset_stride,
+    offset_share,
+    HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_QUARTERS: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums and sums of squares of each channel over the positions of a chunk."""
     part, sample = chunks - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    if HAS_OFFSET:
-        added = tl.load(
-            offset + (sample // offset_share) * offset_stride + column, mask=column < channels, other=0.0
-        ).to(tl.float32)
+    WRITES: tl.constexpr = HAS_DELTA or HAS_QUARTERS
+    if WRITES and HAS_OFFSET:
+        added = tl.load(offset + (sample // offset_share) * offset_stride + column, mask=column < channels, other=0.0)
     for start in range(0, chunk, BLOCK_P):
         position = part * chunk + start + tl.arange(0, BLOCK_P)[:, None]
         mask = (position < positions) & (column < channels)
         row = sample * positions + position
-        values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
-        if HAS_OFFSET:
-            values = tl.where(mask, values + added, 0.0)
-        if HAS_DELTA:
+        if HAS_QUARTERS:
+            values = load_quarter(x, sample, position, column, mask, positions // width, width, channels)
+        else:
+            values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
+        if WRITES:
+            if HAS_OFFSET:
+                values = tl.where(mask, values + added.to(tl.float32), 0.0)
             tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
         total += values
         squares += values * values
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    where = sums + (sample * chunks + part) * 2 * channels + channel
     is_channel = channel < channels
-    tl.store(where, tl.sum(total, 0), mask=is_channel)
-    tl.store(where + channels, tl.sum(squares, 0), mask=is_channel)
+    sum_of_values, sum_of_squares = tl.sum(total, 0), tl.sum(squares, 0)
+    if HAS_OFFSET and not WRITES:  # the sums of x + added, by those of x
+        number = tl.minimum(chunk, positions - part * chunk)
+        where = offset + (sample // offset_share) * offset_stride + channel
+        added_to_all = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
+        sum_of_squares += added_to_all * (2.0 * sum_of_values + number * added_to_all)
+        sum_of_values += number * added_to_all
+    where = sums + (sample * chunks + part) * 2 * channels + channel
+    tl.store(where, sum_of_values, mask=is_channel)
+    tl.store(where + channels, sum_of_squares, mask=is_channel)
 
 
 @triton.jit

@@ -91,12 +91,19 @@ def _join_quarters(corners, bias, out, rows, height, width, channels, BLOCK_R: t
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     mask = (row < rows) & (column < channels)
-    image, y, x = row // (height * width), row // width % height, row % width
-    p, q = y % 2, x % 2
-    corner = (image.to(tl.int64) * (height // 2 + 1) + y // 2 + p) * (width // 2 + 1) + x // 2 + q
-    value = tl.load(corners + (corner * 4 + 2 * p + q) * channels + column, mask=mask, other=0.0).to(tl.float32)
+    image, position = row // (height * width), row % (height * width)
+    value = load_quarter(corners, image, position, column, mask, height, width, channels)
     value += tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * channels + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_quarter(corners, image, position, column, mask, height, width, channels):
+    """What a corner has of the pixel at such a position of an image of twice the size, as float32."""
+    y, x = position // width, position % width
+    p, q = y % 2, x % 2
+    corner = (tl.cast(image, tl.int64) * (height // 2 + 1) + y // 2 + p) * (width // 2 + 1) + x // 2 + q
+    return tl.load(corners + (corner * 4 + 2 * p + q) * channels + column, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -136,7 +136,9 @@ def test_linear_norm_is_for_320_channels_and_rows_for_most_processors():
     ("rows", "frames", "height", "width", "channels", "parts"),
     [(1, 1, 1, 1, 64, 1), (3, 9, 3, 7, 128, 2), (2, 16, 8, 9, 64, 3), (2, 24, 2, 9, 640, 1)],
 )
-def test_conv_over_time(rows, frames, height, width, channels, parts, piece, runs_ahead, processors, dtype, monkeypatch):
+def test_conv_over_time(
+    rows, frames, height, width, channels, parts, piece, runs_ahead, processors, dtype, monkeypatch
+):
     from t2v_core.kernels import gluon_conv as fast
 
     monkeypatch.setattr(fast, "num_processors", lambda device: processors)

@@ -166,6 +166,20 @@ def test_quarters_of_corners_become_an_image(height, width, channels, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("height", "width", "channels"), [(1, 1, 8), (3, 5, 40), (16, 9, 320)])
+def test_group_norm_of_quarters(height, width, channels, silu, dtype):
+    from t2v_core.kernels import triton_group_norm as fast
+
+    corners = draw(2, 3, height + 1, width + 1, 4 * channels, dtype=dtype)
+    bias, norm = draw(channels, dtype=dtype), randomised(nn.GroupNorm(4, channels), dtype)
+    actual = fast.join_quarters_group_norm(corners, bias, norm, silu=silu)
+    exact = plain.join_quarters_group_norm(corners.double(), bias.double(), norm.double(), silu=silu)
+    for ours, expected in zip(actual, exact, strict=True):
+        assert_close(ours, expected, dtype)
+
+
+@every_dtype
 @pytest.mark.parametrize(
     ("num_frames", "heads", "head_dim"), [(1, 2, 16), (5, 2, 16), (16, 3, 64), (24, 1, 32), (64, 1, 64)]
 )
