@@ -132,7 +132,7 @@ def _boxes(x: Tensor) -> int:
     return n * triton.cdiv(lines, _LINES) * triton.cdiv(pixels, _PIXELS)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("tiles", "parts", "boxes_l", "boxes_p", "steps"))
 def _conv_tiles(
     x, weight, out, tiles, parts, boxes_l, boxes_p, steps,
     SHIFTS: gl.constexpr, ROW_STAGES: gl.constexpr, STAGES: gl.constexpr, RUNS_AHEAD: gl.constexpr,

@@ -24,6 +24,9 @@ _TWICE_READ_GROUPS = 132
 _TILE_VALUES = 4096
 _NUM_WARPS = 4
 _PROGRAMS = 528  # four for each processor of an H100
+_BLOCKS_OF_CHUNKS = (8, 32, 128)
+# For which one compiled kernel is as good as another. Of channels, it has to know that they are whole vectors.
+_SIZES = ("positions", "width", "chunk", "chunks", "offset_stride", "offset_share")
 
 
 def group_norm(
@@ -141,7 +144,7 @@ def scales_of(
     block_c = block_of_channels(x_channels, channels)
     block_p = _TILE_VALUES // block_c
     num_c = triton.cdiv(channels, block_c)
-    chunks = min(triton.cdiv(positions, block_p), max(1, _PROGRAMS // (samples * num_c)), 128)
+    chunks = min(triton.cdiv(positions, block_p), max(1, _PROGRAMS // (samples * num_c)), max(_BLOCKS_OF_CHUNKS))
     chunk = triton.cdiv(triton.cdiv(positions, chunks), block_p) * block_p
     chunks = triton.cdiv(positions, chunk)
     sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
@@ -152,11 +155,12 @@ def scales_of(
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     group_channels = channels // norm.num_groups
+    block_n = next(block_n for block_n in _BLOCKS_OF_CHUNKS if block_n >= chunks)
     _scales[(samples, norm.num_groups)](
-        sums, added, norm.weight, norm.bias, scales, positions, channels, norm.eps, chunks, *offset_at,
-        HAS_OFFSET=has_offset and not (has_delta or width), GROUP_CHANNELS=group_channels,
-        BLOCK_G=triton.next_power_of_2(group_channels), BLOCK_N=triton.next_power_of_2(chunks),
-        num_warps=2, enable_fp_fusion=True,
+        sums, added, norm.weight, norm.bias, scales, positions, channels, group_channels, norm.eps, chunks, *offset_at,
+        HAS_OFFSET=has_offset and not (has_delta or width), BLOCK_G=triton.next_power_of_2(group_channels),
+        BLOCK_N=block_n,
+        num_warps=2 if block_n < max(_BLOCKS_OF_CHUNKS) else 8, enable_fp_fusion=True,
     )  # fmt: skip
     return scales
 
@@ -197,7 +201,7 @@ def _load(x, second, rows, columns, mask, x_channels, channels, HAS_SKIP: tl.con
     return tl.load(x + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _whole_groups(
     x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
     HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
@@ -229,7 +233,7 @@ def _whole_groups(
     tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _groups_in_parts(
     x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
     HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
@@ -274,7 +278,7 @@ def _groups_in_parts(
         tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _sums(
     x, second, offset, summed, sums, positions, x_channels, channels, width, chunk, chunks, offset_stride,
     offset_share,
@@ -317,20 +321,20 @@ def _sums(
     tl.store(where + channels, sum_of_squares, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*_SIZES, "channels", "group_channels"))
 def _scales(
-    sums, offset, weight, bias, scales, positions, channels, eps, chunks, offset_stride, offset_share,
-    HAS_OFFSET: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    sums, offset, weight, bias, scales, positions, channels, group_channels, eps, chunks, offset_stride, offset_share,
+    HAS_OFFSET: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What each channel is multiplied by, and what is added then."""
     sample, group = tl.program_id(0), tl.program_id(1)
     in_group = tl.arange(0, BLOCK_G)
-    is_channel = in_group < GROUP_CHANNELS
-    column = group * GROUP_CHANNELS + in_group
+    is_channel = in_group < group_channels
+    column = group * group_channels + in_group
     part = tl.arange(0, BLOCK_N)[:, None]
     where = sums + (sample * chunks + part) * 2 * channels + column[None, :]
     mask = (part < chunks) & is_channel[None, :]
-    count = positions * GROUP_CHANNELS
+    count = positions * group_channels
     mean = tl.sum(tl.load(where, mask=mask, other=0.0)) / count
     variance = tl.sum(tl.load(where + channels, mask=mask, other=0.0)) / count - mean * mean
     scale = tl.rsqrt(tl.maximum(variance, 0.0) + eps) * tl.load(weight + column, mask=is_channel, other=0.0).to(
@@ -344,7 +348,7 @@ def _scales(
     tl.store(scales + sample * 2 * channels + channels + column, shift, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _apply(
     x, second, scales, out, positions, x_channels, channels,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
