@@ -12,13 +12,10 @@ from t2v_core.unet3d import UNet3D
 from t2v_core.weights.networks import prepare
 from t2v_core.weights.random_init import TINY, randomise
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.inference_mode():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +43,21 @@ def test_the_unet(unets, num_videos, num_rows):
     assert torch.equal(GraphedUNet(fast)(latents.cuda(), timesteps.cuda(), text, rows.cuda()), actual)
 
 
-def test_the_unet_in_fp8():
-    """The same weights and inputs are rounded on either side: what differs is the order in which products add up."""
+def test_the_unet_in_fp8(unets):
+    """As far from the exact result as where the same is rounded, and products add up in float64.
+
+    Not as near to that: what is rounded one way there goes the other way here for a difference in the last digit, and
+    of random weights the whole result follows.
+    """
+    _, exact = unets
     unet = randomise(UNet3D(TINY.unet), torch.Generator().manual_seed(0)).half()
-    fast, exact = prepare(copy.deepcopy(unet).cuda(), fp8=True), prepare(unet.double(), fp8=True)
+    fast, rounded = prepare(copy.deepcopy(unet).cuda(), fp8=True), prepare(unet.double(), fp8=True)
     latents, timesteps, text_embeds, rows = inputs(2, 3)
-    expected = exact(latents.double(), timesteps, text_embeds.double(), rows)
+    doubles = latents.double(), timesteps, text_embeds.double(), rows
+    expected = exact(*doubles)
     text = fast.read_text(text_embeds.cuda())
     actual = fast(latents.cuda(), timesteps.cuda(), text, rows.cuda())
-    assert relative_error(actual.cpu().double(), expected) <= 0.1
+    assert relative_error(actual.cpu().double(), expected) <= 1.2 * relative_error(rounded(*doubles), expected)
     assert torch.equal(GraphedUNet(fast)(latents.cuda(), timesteps.cuda(), text, rows.cuda()), actual)
 
 
