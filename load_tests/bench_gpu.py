@@ -90,6 +90,7 @@ class Bench:
         self._config = TINY if arguments.tiny else ModelConfig()
         version = diffusers_version()
         self._has_diffusers = version is not None
+        self._has_reference = self._has_diffusers and not arguments.no_errors
         if not self._has_diffusers:
             _say("diffusers is not installed (pip install diffusers): it is not measured, and no error is known")
         name = torch.cuda.get_device_name(self._device) if self._on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -108,7 +109,7 @@ class Bench:
             return
         self._go_on(case.name)
         work = make_work(self._config, case, self._device, self._dtype)
-        reference = self._reference(work, case) if self._has_diffusers else None
+        reference = self._reference(work, case) if self._has_reference else None
         for system in systems:
             self._go_on(f"{case.name}, {system}")
             self._results.put(self._record(work, case, system, reference), self._arguments.results)
@@ -288,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="+", choices=CASE_NAMES, default=CASE_NAMES)
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=SYSTEMS, help="none: only --profile")
     parser.add_argument("--repeats", type=int, default=30, help="of each timed call, 2 or more")
+    parser.add_argument("--no-errors", action="store_true", help="without the reference that errors are against")
     parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="start nothing new later")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of t2v by their time")
     parser.add_argument("--plot", type=Path, help="only draw the results file: .png, .svg or .pdf")
