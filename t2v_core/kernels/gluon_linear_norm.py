@@ -213,6 +213,7 @@ def _one_group(
                 product = _end(product, of_weight, number + 2)
                 product = _begin(f4, stages, of_weight, number + 4, product)
                 product = _end(product, of_weight, number + 3)
+                # Without f4, which the next round needs: Triton 3.6's ptxas gave the registers of f2 to its copies.
                 product = warpgroup_mma_wait(0, deps=[product])
                 mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
                 tma.store_wait(0)
