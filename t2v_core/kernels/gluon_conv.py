@@ -60,13 +60,17 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether there are tiles for most processors, too, few pixels outside of images, and the library is no faster."""
     if not fits(x, weight):
         return False
-    images, processors = _images(x, weight), num_processors(x.device)
+    images, processors, piece = _images(x, weight), num_processors(x.device), piece_for(x, weight)
     n, lines, pixels, _ = images.shape
-    piece = _piece(images, weight, processors)
     tiles = _tiles(images, weight, piece)
     is_faster = weight.dim() == 5 or tiles <= _MOST_ROUNDS * processors or len(weight) == _columns(piece)
     computed = _boxes(images) * _LINES * _PIXELS
     return is_faster and tiles >= _LEAST_BUSY * processors and computed <= _MOST_COMPUTED * n * lines * pixels
+
+
+def piece_for(x: Tensor, weight: Tensor) -> int:
+    """How many columns a piece has, of which there are two kernels."""
+    return _piece(_images(x, weight), weight, num_processors(x.device))
 
 
 def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, piece: int | None = None) -> Tensor:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v_core.kernels import plain
+from t2v_core.kernels.first_results import FirstResults, ends_of_frames, ends_of_pixels, ends_of_rows
 from t2v_core.kernels.fp8 import FP8, dtype_for, scale_of
 
 logger = logging.getLogger(__name__)
+_first_results = FirstResults()
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
 HOPPER = (9, 0)  # compute capability of the first with a copy engine for boxes of tensors
@@ -116,7 +118,32 @@ def linear_norm(
         from t2v_core.kernels import gluon_linear_norm as fast
 
         if fast.pays(x, weight, then):
-            return fast.linear_norm(x, weight, offset, norm, residual=residual, then=then, out=out)
+
+            def expected() -> tuple[Tensor, Tensor]:
+                added = None if residual is None else ends_of_rows(residual)
+                return _linear_norm(ends_of_rows(x), weight, offset, norm, added, then, None, None)
+
+            results = _first_results.call(
+                ("linear_norm", x.device, x.dtype, residual is None, None if then is None else len(then)),
+                lambda: fast.linear_norm(x, weight, offset, norm, residual=residual, then=then, out=out),
+                lambda results: list(zip(map(ends_of_rows, results), expected(), strict=True)),
+            )
+            if results is not None:
+                return results
+    return _linear_norm(x, weight, offset, norm, residual, then, out, dtype)
+
+
+def _linear_norm(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    norm: nn.LayerNorm,
+    residual: Tensor | None,
+    then: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """One after the other."""
     product = F.linear(x, weight)
     dtype = dtype if then is None else dtype_for(then)
     if residual is None:
@@ -161,7 +188,13 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         from t2v_core.kernels import gluon_conv as faster
 
         if faster.pays(x, weight):
-            return faster.conv_frames(x, weight)
+            result = _first_results.call(
+                ("conv_frames", x.device, x.dtype, faster.piece_for(x, weight)),
+                lambda: faster.conv_frames(x, weight),
+                lambda result: [(ends_of_frames(result), plain.conv_frames(ends_of_frames(x), weight, dtype))],
+            )
+            if result is not None:
+                return result
     if x.dtype != FP8 or not _has_copy_engine(x):
         return plain.conv_frames(x, weight, dtype)
     from t2v_core.kernels import triton_conv as fast
@@ -175,7 +208,13 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
         from t2v_core.kernels import gluon_conv as faster
 
         if faster.pays(x, weight):
-            return faster.conv_over_time(x, weight)
+            result = _first_results.call(
+                ("conv_over_time", x.device, x.dtype, faster.piece_for(x, weight)),
+                lambda: faster.conv_over_time(x, weight),
+                lambda result: [(ends_of_pixels(result), plain.conv_over_time(ends_of_pixels(x), weight))],
+            )
+            if result is not None:
+                return result
     if not _has_copy_engine(x):
         return plain.conv_over_time(x, weight, dtype)
     from t2v_core.kernels import triton_conv as fast
@@ -189,7 +228,13 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
         from t2v_core.kernels import gluon_geglu as faster
 
         if faster.pays(x, proj):
-            return faster.geglu(x, proj, out)
+            result = _first_results.call(
+                ("geglu", x.device, x.dtype, proj.in_features),
+                lambda: faster.geglu(x, proj, out),
+                lambda result: [(ends_of_rows(result), plain.geglu(ends_of_rows(x), proj))],
+            )
+            if result is not None:
+                return result
     if not _has_copy_engine(x):
         return plain.geglu(x, proj, out)
     from t2v_core.kernels import triton_geglu as fast
@@ -220,11 +265,18 @@ def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
 
 def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
     """As `plain.spatial_attention`, by a kernel of our own where the library's is slower."""
-    if not _runs_gluon(qkv):
-        return plain.spatial_attention(qkv, heads)
-    from t2v_core.kernels import gluon_attention as fast
+    if _runs_gluon(qkv):
+        from t2v_core.kernels import gluon_attention as faster
 
-    return fast.spatial_attention(qkv, heads) if fast.pays(qkv, heads) else plain.spatial_attention(qkv, heads)
+        if faster.pays(qkv, heads):
+            result = _first_results.call(
+                ("spatial_attention", qkv.device, qkv.dtype),
+                lambda: faster.spatial_attention(qkv, heads),
+                lambda result: [(ends_of_frames(result), plain.spatial_attention(ends_of_frames(qkv), heads))],
+            )
+            if result is not None:
+                return result
+    return plain.spatial_attention(qkv, heads)
 
 
 def sampler_update(
