@@ -1009,13 +1009,13 @@ async def test_a_store_that_stands_still_in_a_transaction_holds_up_the_others_fo
     """As where its machine is lost: nobody closes its connection."""
     if database_url.startswith("sqlite"):
         pytest.skip("SQLite is of one machine")
-    monkeypatch.setitem(_POSTGRESQL_SESSION, "idle_in_transaction_session_timeout", "500ms")
+    monkeypatch.setitem(_POSTGRESQL_SESSION, "idle_in_transaction_session_timeout", "3s")
     lost, other = await open_store(), await open_store()
     await accept(other)
     with suppress(Unavailable):  # its session is over
         async with lost.database.writing() as connection:
             await lock(connection, "claim")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 claimed = await other.claim("worker", limit=1, lease_s=LEASE_S)
     assert len(claimed) == 1
 
