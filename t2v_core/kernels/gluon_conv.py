@@ -261,7 +261,7 @@ def _nothing(PIECE: gl.constexpr):
     """The sums before there are any products."""
     sums = ()
     for _ in gl.static_range(_PIECES):
-        sums = sums + (gl.zeros([64, PIECE], gl.float32, sums_of(PIECE)),)  # type: ignore[assignment]
+        sums = sums + (gl.zeros([64, PIECE], gl.float32, sums_of(PIECE)),)
     return sums
 
 
@@ -286,7 +286,7 @@ def _multiply(factor, stages, of_weight, number, sums, RUNS_AHEAD: gl.constexpr)
     products = ()
     for n in gl.static_range(_PIECES):
         columns = stages.index(stage * _PIECES + n).permute([1, 0])
-        products = products + (warpgroup_mma(factor, columns, sums[n], is_async=True),)  # type: ignore[assignment]
+        products = products + (warpgroup_mma(factor, columns, sums[n], is_async=True),)
         if n > 0 and not RUNS_AHEAD:
             products = products[: n - 1] + (all_but(1, products[n - 1]), products[n])
     if not RUNS_AHEAD:

@@ -157,68 +157,65 @@ def _one_group(
         slot, phase = done % 2, done // 2 & 1
         ours, row = (slot * 2 + group) * 5, (unit * 2 + group) * PIECE
         nothing = gl.zeros([PIECE, PIECE], gl.float32, sums)
-        s0, s1, s2, s3, s4 = nothing, nothing, nothing, nothing, nothing
+        pieces = (nothing, nothing, nothing, nothing, nothing)
         for k in range(5):
             number = done * (25 + 5 * NEXT) + 5 * k
             mbarrier.wait(full.index(slot * 5 + k), phase)
             factor = rows.index(ours + k).load(as_factor)
-            s0 = _begin(factor, stages, of_weight, number, s0)
-            s1 = _begin(factor, stages, of_weight, number + 1, s1)
-            s0 = _end(s0, of_weight, number)
-            s2 = _begin(factor, stages, of_weight, number + 2, s2)
-            s1 = _end(s1, of_weight, number + 1)
-            s3 = _begin(factor, stages, of_weight, number + 3, s3)
-            s2 = _end(s2, of_weight, number + 2)
-            s4 = _begin(factor, stages, of_weight, number + 4, s4)
-            s3 = _end(s3, of_weight, number + 3)
-            s4, factor = warpgroup_mma_wait(0, deps=[s4, factor])
-            mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
+            pieces = _multiply(factor, stages, of_weight, number, pieces)
             mbarrier.arrive(used.index(slot * 5 + k))
         if done > 0:  # what came of the unit before has left by now
             tma.store_wait(0)
             for n in gl.static_range(5):
                 mbarrier.arrive(free.index((1 - slot) * 5 + n))
 
-        s0 = _add(s0, offset, rows, ours, added, slot, phase, 0, total, row, ADDS)
-        s1 = _add(s1, offset, rows, ours, added, slot, phase, 1, total, row, ADDS)
-        s2 = _add(s2, offset, rows, ours, added, slot, phase, 2, total, row, ADDS)
-        s3 = _add(s3, offset, rows, ours, added, slot, phase, 3, total, row, ADDS)
-        s4 = _add(s4, offset, rows, ours, added, slot, phase, 4, total, row, ADDS)
-        mean = gl.sum(s0 + s1 + s2 + s3 + s4, 1) / (5 * PIECE)
-        centre = gl.expand_dims(mean, 1)
-        s0, s1, s2, s3, s4 = s0 - centre, s1 - centre, s2 - centre, s3 - centre, s4 - centre
-        variance = gl.sum(s0 * s0 + s1 * s1 + s2 * s2 + s3 * s3 + s4 * s4, 1) / (5 * PIECE)
-        scale = gl.expand_dims(gl.rsqrt(variance + eps), 1)
+        summed = ()
+        for n in gl.static_range(5):
+            one = _add(pieces[n], offset, rows, ours, added, slot, phase, n, total, row, ADDS)
+            summed = summed + (one,)
+        mean = gl.sum(summed[0] + summed[1] + summed[2] + summed[3] + summed[4], 1) / (5 * PIECE)
+        centred = ()
+        for n in gl.static_range(5):
+            centred = centred + (summed[n] - gl.expand_dims(mean, 1),)
+        squares = centred[0] * centred[0]
+        for n in gl.static_range(1, 5):
+            squares = squares + centred[n] * centred[n]
+        scale = gl.expand_dims(gl.rsqrt(gl.sum(squares, 1) / (5 * PIECE) + eps), 1)
         if NEXT == 0:
             tma.store_wait(0)  # the sum has left
-            _put(out, [row, 0], rows.index(ours), _scaled(s0 * scale, gamma, beta, 0, out.dtype))
-            _put(out, [row, PIECE], rows.index(ours + 1), _scaled(s1 * scale, gamma, beta, 1, out.dtype))
-            _put(out, [row, 2 * PIECE], rows.index(ours + 2), _scaled(s2 * scale, gamma, beta, 2, out.dtype))
-            _put(out, [row, 3 * PIECE], rows.index(ours + 3), _scaled(s3 * scale, gamma, beta, 3, out.dtype))
-            _put(out, [row, 4 * PIECE], rows.index(ours + 4), _scaled(s4 * scale, gamma, beta, 4, out.dtype))
+            for n in gl.static_range(5):
+                normed = _scaled(centred[n] * scale, gamma, beta, n, out.dtype)
+                _put(out, [row, n * PIECE], rows.index(ours + n), normed)
         else:
-            f0 = gl.convert_layout(_scaled(s0 * scale, gamma, beta, 0, out.dtype), as_factor)
-            f1 = gl.convert_layout(_scaled(s1 * scale, gamma, beta, 1, out.dtype), as_factor)
-            f2 = gl.convert_layout(_scaled(s2 * scale, gamma, beta, 2, out.dtype), as_factor)
-            f3 = gl.convert_layout(_scaled(s3 * scale, gamma, beta, 3, out.dtype), as_factor)
-            f4 = gl.convert_layout(_scaled(s4 * scale, gamma, beta, 4, out.dtype), as_factor)
+            factors = ()
+            for n in gl.static_range(5):
+                normed = _scaled(centred[n] * scale, gamma, beta, n, out.dtype)
+                factors = factors + (gl.convert_layout(normed, as_factor),)
             for n in range(NEXT):
                 number = done * (25 + 5 * NEXT) + 25 + 5 * n
-                product = _begin(f0, stages, of_weight, number, nothing)
-                product = _begin(f1, stages, of_weight, number + 1, product)
-                product = _end(product, of_weight, number)
-                product = _begin(f2, stages, of_weight, number + 2, product)
-                product = _end(product, of_weight, number + 1)
-                product = _begin(f3, stages, of_weight, number + 3, product)
-                product = _end(product, of_weight, number + 2)
-                product = _begin(f4, stages, of_weight, number + 4, product)
-                product = _end(product, of_weight, number + 3)
-                # Without f4, which the next round needs: Triton 3.6's ptxas gave the registers of f2 to its copies.
+                product = _begin(factors[0], stages, of_weight, number, nothing)
+                for i in gl.static_range(1, 5):
+                    product = _begin(factors[i], stages, of_weight, number + i, product)
+                    product = _end(product, of_weight, number + i - 1)
+                # Without factors, which the next round needs: Triton 3.6's ptxas gave the registers of one to copies.
                 product = warpgroup_mma_wait(0, deps=[product])
                 mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
                 tma.store_wait(0)
                 _put(out, [row, n * PIECE], staged.index(group), product.to(out.dtype))
     tma.store_wait(0)
+
+
+@gluon.jit
+def _multiply(factor, stages, of_weight, number, sums):
+    """The products of all columns with the next five pieces of the weight."""
+    products = ()
+    for n in gl.static_range(5):
+        products = products + (_begin(factor, stages, of_weight, number + n, sums[n]),)
+        if n > 0:
+            products = products[: n - 1] + (_end(products[n - 1], of_weight, number + n - 1), products[n])
+    products = products[:4] + (warpgroup_mma_wait(0, deps=[products[4], factor])[0],)
+    mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
+    return products
 
 
 @gluon.jit
