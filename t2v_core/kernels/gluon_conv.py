@@ -8,7 +8,6 @@ registers, five pieces, for which it loads its rows from shared memory once. One
 For Hopper GPUs and half precision.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -73,15 +72,13 @@ def piece_for(x: Tensor, weight: Tensor) -> int:
     return _piece(_images(x, weight), weight, num_processors(x.device))
 
 
-def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, piece: int | None = None) -> Tensor:
+def conv_over_time(x: Tensor, weight: Tensor, piece: int | None = None) -> Tensor:
     """See `plain.conv_over_time`. Of x's type; with so many columns a piece, or as many as seem best."""
-    assert dtype in (None, x.dtype)
     return _conv(_images(x, weight), weight, piece).unflatten(2, x.shape[2:4])
 
 
-def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, piece: int | None = None) -> Tensor:
+def conv_frames(x: Tensor, weight: Tensor, piece: int | None = None) -> Tensor:
     """See `plain.conv_frames`. Of x's type; with so many columns a piece, or as many as seem best."""
-    assert dtype in (None, x.dtype)
     return _conv(_images(x, weight), weight, piece).unflatten(0, x.shape[:2])
 
 
@@ -179,19 +176,18 @@ def _fetch_rows(x, rows, of_rows, cut, of_boxes, SHIFTS: gl.constexpr):
     CHANNELS: gl.constexpr = x.block_type.shape[3]
     done = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        image, line, pixel = _place(tile // parts * 2, of_boxes, 8, PIXELS)
-        next_image, next_line, next_pixel = _place(tile // parts * 2 + 1, of_boxes, 8, PIXELS)
+        first = tile // parts * 2
+        places = (_place(first, of_boxes, 8, PIXELS), _place(first + 1, of_boxes, 8, PIXELS))
         for step in range(steps):
             shift, channel = step % SHIFTS - SHIFTS // 2, step // SHIFTS * CHANNELS
             stage = done % STAGES
             mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
             mbarrier.expect(full.index(stage), 10 * x.block_type.nbytes)
-            for i in gl.static_range(5):
-                place = [image, line - 1 + 2 * i, pixel + shift, channel]
-                fetch(x, place, full.index(stage), rows.index(stage * 16 + i))
-            for i in gl.static_range(5):
-                place = [next_image, next_line - 1 + 2 * i, next_pixel + shift, channel]
-                fetch(x, place, full.index(stage), rows.index(stage * 16 + 8 + i))
+            for group in gl.static_range(2):
+                image, line, pixel = places[group]
+                for i in gl.static_range(5):
+                    place = [image, line - 1 + 2 * i, pixel + shift, channel]
+                    fetch(x, place, full.index(stage), rows.index((stage * 2 + group) * 8 + i))
             done += 1
 
 

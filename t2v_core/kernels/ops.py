@@ -188,9 +188,10 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         from t2v_core.kernels import gluon_conv as faster
 
         if faster.pays(x, weight):
+            piece = faster.piece_for(x, weight)
             result = _first_results.call(
-                ("conv_frames", x.device, x.dtype, faster.piece_for(x, weight)),
-                lambda: faster.conv_frames(x, weight),
+                ("conv_frames", x.device, x.dtype, piece),
+                lambda: faster.conv_frames(x, weight, piece),
                 lambda result: [(ends_of_frames(result), plain.conv_frames(ends_of_frames(x), weight, dtype))],
             )
             if result is not None:
@@ -208,9 +209,10 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
         from t2v_core.kernels import gluon_conv as faster
 
         if faster.pays(x, weight):
+            piece = faster.piece_for(x, weight)
             result = _first_results.call(
-                ("conv_over_time", x.device, x.dtype, faster.piece_for(x, weight)),
-                lambda: faster.conv_over_time(x, weight),
+                ("conv_over_time", x.device, x.dtype, piece),
+                lambda: faster.conv_over_time(x, weight, piece),
                 lambda result: [(ends_of_pixels(result), plain.conv_over_time(ends_of_pixels(x), weight))],
             )
             if result is not None:

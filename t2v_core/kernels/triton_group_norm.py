@@ -78,12 +78,6 @@ def _group_norm(
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     out = x.new_empty(b, f, h, w, channels, dtype=dtype)
-    second = next((tensor.contiguous() for tensor in (skip, delta) if tensor is not None), x)
-    added = norm.weight if offset is None else offset
-    # An offset of one row is that of all samples; else each belongs to as many of them as a video has.
-    offset_at = (0 if offset is None or len(offset) == 1 else offset.stride(0), samples // b)
-    sizes = (positions, x_channels, channels)
-    flags = {"has_skip": skip is not None, "has_delta": delta is not None, "has_offset": offset is not None}
 
     whole = triton.next_power_of_2(positions) * block_g
     fits_twice = whole <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
@@ -91,15 +85,17 @@ def _group_norm(
         kernel, values, num_warps = _groups_in_parts, _PART_VALUES, _PART_WARPS
         if whole <= _WHOLE_GROUP_VALUES:
             kernel, values, num_warps = _whole_groups, whole, 2 if whole <= 1024 else 4 if whole <= 4096 else 8
+        second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
         kernel[(samples, norm.num_groups)](
-            x, second, added, norm.weight, norm.bias, total, out, *sizes, norm.eps, *offset_at,
-            **{name.upper(): value for name, value in flags.items()}, SILU=silu, GROUP_CHANNELS=group_channels,
-            BLOCK_G=block_g, BLOCK_P=values // block_g, num_warps=num_warps, enable_fp_fusion=True,
+            x, second, added, norm.weight, norm.bias, total, out, positions, x_channels, channels, norm.eps,
+            *offset_at, **flags, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g, BLOCK_P=values // block_g,
+            num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         return total, out
 
-    scales = scales_of(x, second, total, added, norm, samples, sizes, offset_at, **flags)
-    _apply_scales(total, second, scales, out, sizes, has_skip=skip is not None, silu=silu)
+    skip = None if skip is None else skip.contiguous()
+    scales = scales_of(x, total, norm, samples, delta=delta, skip=skip, offset=offset)
+    _apply_scales(total, skip, scales, out, silu=silu)
     return total, out
 
 
@@ -108,39 +104,33 @@ def join_quarters_group_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `plain.join_quarters_group_norm`."""
     b, f, h, w, channels = corners.shape
-    h, w, channels = 2 * h - 2, 2 * w - 2, channels // 4
-    sizes, samples = (h * w, channels, channels), b * f
-    corners = corners.contiguous()
-    joined = corners.new_empty(b, f, h, w, channels)
+    joined = corners.new_empty(b, f, 2 * h - 2, 2 * w - 2, channels // 4)
     out = torch.empty_like(joined, dtype=dtype)
-    added = bias[None]
-    scales = scales_of(corners, joined, joined, added, norm, samples, sizes, (0, samples), width=w, has_offset=True)
-    _apply_scales(joined, joined, scales, out, sizes, has_skip=False, silu=silu)
+    scales = scales_of(corners.contiguous(), joined, norm, b * f, offset=bias[None], has_quarters=True)
+    _apply_scales(joined, None, scales, out, silu=silu)
     return joined, out
 
 
 def scales_of(
     x: Tensor,
-    second: Tensor,
     total: Tensor,
-    added: Tensor,
     norm: nn.GroupNorm,
     samples: int,
-    sizes: tuple[int, int, int],
-    offset_at: tuple[int, int],
     *,
-    width: int = 0,
-    has_skip: bool = False,
-    has_delta: bool = False,
-    has_offset: bool = False,
+    delta: Tensor | None = None,
+    skip: Tensor | None = None,
+    offset: Tensor | None = None,
+    has_quarters: bool = False,
 ) -> Tensor:
     """What the norm multiplies each channel of each sample by, and what it adds then. (samples, 2, channels), float32.
 
-    Of x, or of x and `second` beside each other, or of their sum, or of an image of such a `width` of which x has the
-    quarters; the last two are written to `total`. sizes: positions of a sample, channels of x, and all channels;
-    offset_at: the stride of offsets and how many samples share one.
+    Of x, or of x and `skip` beside each other, or of x + `delta`, or of an image of which x has the quarters; `total`,
+    (b, f, h, w, c), is x itself or, of the last two, where they are written. offset: (b or 1, c).
     """
-    positions, x_channels, channels = sizes
+    width, x_channels = total.shape[-2:]
+    channels = x_channels + (0 if skip is None else skip.shape[-1])
+    positions = total.numel() // (samples * x_channels)
+    second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
     block_c = block_of_channels(x_channels, channels)
     block_p = _TILE_VALUES // block_c
     num_c = triton.cdiv(channels, block_c)
@@ -150,32 +140,46 @@ def scales_of(
     sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
     scales = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     _sums[(num_c, chunks, samples)](
-        x, second, added, total, sums, *sizes, width, chunk, chunks, *offset_at,
-        HAS_SKIP=has_skip, HAS_DELTA=has_delta, HAS_QUARTERS=width > 0, HAS_OFFSET=has_offset,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=_NUM_WARPS, enable_fp_fusion=True,
+        x, second, added, total, sums, positions, x_channels, channels, width, chunk, chunks, *offset_at,
+        **flags, HAS_QUARTERS=has_quarters, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
+    is_in_total = delta is not None or has_quarters
     group_channels = channels // norm.num_groups
     block_n = next(block_n for block_n in _BLOCKS_OF_CHUNKS if block_n >= chunks)
     _scales[(samples, norm.num_groups)](
         sums, added, norm.weight, norm.bias, scales, positions, channels, group_channels, norm.eps, chunks, *offset_at,
-        HAS_OFFSET=has_offset and not (has_delta or width), BLOCK_G=triton.next_power_of_2(group_channels),
+        HAS_OFFSET=offset is not None and not is_in_total, BLOCK_G=triton.next_power_of_2(group_channels),
         BLOCK_N=block_n,
         num_warps=2 if block_n < max(_BLOCKS_OF_CHUNKS) else 8, enable_fp_fusion=True,
     )  # fmt: skip
     return scales
 
 
-def _apply_scales(
-    x: Tensor, second: Tensor, scales: Tensor, out: Tensor, sizes: tuple[int, int, int], *, has_skip: bool, silu: bool
-) -> None:
-    positions, x_channels, channels = sizes
+def _apply_scales(x: Tensor, skip: Tensor | None, scales: Tensor, out: Tensor, *, silu: bool) -> None:
+    x_channels, channels = x.shape[-1], out.shape[-1]
+    positions = out.numel() // (len(scales) * channels)
     block_c = block_of_channels(x_channels, channels)
     block_p = _TILE_VALUES // block_c
     _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), len(scales))](
-        x, second, scales, out, *sizes,
-        HAS_SKIP=has_skip, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
+        x, x if skip is None else skip, scales, out, positions, x_channels, channels,
+        HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
         num_warps=_NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _beside(
+    x: Tensor, delta: Tensor | None, skip: Tensor | None, offset: Tensor | None, samples: int
+) -> tuple[Tensor, Tensor, tuple[int, int], dict[str, bool]]:
+    """What kernels take beside x: a second input, offsets, their stride and how many samples share one, and flags.
+
+    x stands for what there is none of. An offset of one row is that of all samples; else each belongs to a video's.
+    """
+    second = next((tensor.contiguous() for tensor in (skip, delta) if tensor is not None), x)
+    flags = {"HAS_SKIP": skip is not None, "HAS_DELTA": delta is not None, "HAS_OFFSET": offset is not None}
+    if offset is None:
+        return second, x, (0, samples), flags
+    return second, offset, (0 if len(offset) == 1 else offset.stride(0), samples // len(offset)), flags
 
 
 def block_of_channels(x_channels: int, channels: int) -> int:

@@ -30,10 +30,8 @@ def group_norm_conv(
     b, f, h, w, channels = x.shape
     images, positions, out_channels = b * f, h * w, conv.out_channels
     x = x.contiguous()
-    total, second = (x, x) if delta is None else (torch.empty_like(x), delta.contiguous())
-    added = norm.weight if offset is None else offset
-    flags = {"has_delta": delta is not None, "has_offset": offset is not None}
-    scales = scales_of(x, second, total, added, norm, images, (positions, channels, channels), (0, images), **flags)
+    total = x if delta is None else torch.empty_like(x)
+    scales = scales_of(x, total, norm, images, delta=delta, offset=None if offset is None else offset[None])
 
     taps = conv.weight.permute(2, 3, 0, 1).reshape(-1, channels)  # (9 c2, c)
     columns = max(16, triton.next_power_of_2(len(taps)))

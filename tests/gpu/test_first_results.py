@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -105,22 +106,22 @@ def halves(*size):
 
 def conv_frames():
     x, weight = halves(1, 3, 16, 16, 64), halves(320, 64, 3, 3).to(memory_format=torch.channels_last) / 24
-    return "gluon_conv", "_conv", ops.conv_frames(x, weight, x.dtype), plain.conv_frames(x, weight, x.dtype)
+    return "gluon_conv._conv", ops.conv_frames(x, weight, x.dtype), plain.conv_frames(x, weight, x.dtype)
 
 
 def conv_over_time():
     x, weight = halves(1, 16, 3, 8, 64), halves(320, 64, 3, 1, 1).to(memory_format=torch.channels_last_3d) / 14
-    return "gluon_conv", "_conv", ops.conv_over_time(x, weight), plain.conv_over_time(x, weight)
+    return "gluon_conv._conv", ops.conv_over_time(x, weight), plain.conv_over_time(x, weight)
 
 
 def geglu():
     x, proj = halves(1, 1, 16, 16, 320), nn.Linear(320, 2560).half()
-    return "gluon_geglu", "geglu", ops.geglu(x, proj), plain.geglu(x, proj)
+    return "gluon_geglu.geglu", ops.geglu(x, proj), plain.geglu(x, proj)
 
 
 def spatial_attention():
     qkv = halves(1, 1, 20, 20, 192)
-    return "gluon_attention", "spatial_attention", ops.spatial_attention(qkv, 1), plain.spatial_attention(qkv, 1)
+    return "gluon_attention.spatial_attention", ops.spatial_attention(qkv, 1), plain.spatial_attention(qkv, 1)
 
 
 def linear_norm():
@@ -133,29 +134,27 @@ def linear_norm():
     norm, then = nn.LayerNorm(320).half(), halves(320, 320) / 18
     _, actual = ops.linear_norm(x, weight, offset, norm, residual=residual, then=then)
     _, exact = ops._linear_norm(x, weight, offset, norm, residual, then, None, None)
-    return "gluon_linear_norm", "linear_norm", actual, exact
+    return "gluon_linear_norm.linear_norm", actual, exact
 
 
 @pytest.mark.usefixtures("runs_gluon")
 @pytest.mark.parametrize("called", [conv_frames, conv_over_time, geglu, spatial_attention, linear_norm])
 def test_every_kernel_is_held_against_its_equivalent(called, monkeypatch, caplog):
-    for module in ("gluon_conv", "gluon_geglu", "gluon_attention", "gluon_linear_norm"):
-        fast = __import__(f"t2v_core.kernels.{module}", fromlist=["_"])
-        monkeypatch.setattr(fast, "num_processors", lambda device: 1, raising=False)
-    monkeypatch.setattr(__import__("t2v_core.kernels.gluon_attention", fromlist=["_"]), "_MIN_TOKENS", 1)
-    module, function, actual, exact = called()
+    for module in ("gluon_conv", "gluon_geglu", "gluon_linear_norm"):
+        monkeypatch.setattr(f"t2v_core.kernels.{module}.num_processors", lambda device: 1)
+    monkeypatch.setattr("t2v_core.kernels.gluon_attention._MIN_TOKENS", 1)
+    function, actual, exact = called()
     assert not caplog.records
     assert list(ops._first_results._is_right.values()) == [True]
     assert not torch.equal(actual, exact)  # so it is the kernel's
     ops._first_results._is_right.clear()
-    fast = __import__(f"t2v_core.kernels.{module}", fromlist=["_"])
-    right = getattr(fast, function)
+    right = resolve_name(f"t2v_core.kernels.{function}")
 
     def wrong(*args, **kwargs):
         results = right(*args, **kwargs)
         return tuple(-result for result in results) if isinstance(results, tuple) else -results
 
-    monkeypatch.setattr(fast, function, wrong)
-    _, _, actual, exact = called()
+    monkeypatch.setattr(f"t2v_core.kernels.{function}", wrong)
+    _, actual, exact = called()
     assert torch.equal(actual, exact)
     assert "is wrong by 2" in caplog.text
