@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from t2v_core.config import AutoencoderConfig
+from t2v_core.kernels import single_head_attention
 from t2v_core.layers import (
     ResnetBlock,
     Sum,
@@ -194,9 +195,9 @@ class _PixelAttention(nn.Module):
     def forward(self, x: Tensor | Sum) -> Sum:
         x, tokens = summed_and_normed(x, self.group_norm, over_frames=False, silu=False)
         b, _, h, _, _ = x.shape
-        tokens = rearrange(tokens, "b f h w c -> (b f) 1 (h w) c")
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return Sum(x, rearrange(self.to_out(out), "(b f) 1 (h w) c -> b f h w c", b=b, h=h))
+        tokens = rearrange(tokens, "b f h w c -> (b f) (h w) c")
+        out = single_head_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return Sum(x, rearrange(self.to_out(out), "(b f) (h w) c -> b f h w c", b=b, h=h))
 
 
 class _Downsample(nn.Module):

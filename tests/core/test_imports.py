@@ -23,7 +23,7 @@ ALLOWED = {
     "layers": {"kernels"},
     "transformers": {"kernels", "layers"},
     "unet3d": {"config", "kernels", "layers", "transformers"},
-    "autoencoder": {"config", "layers", "shapes"},
+    "autoencoder": {"config", "kernels", "layers", "shapes"},
     "graphs": {"autoencoder", "out_of_memory", "shapes", "unet3d"},
     "text_encoder": {"config", "errors"},
     "samplers": {"config", "kernels", "schedule"},
