@@ -24,6 +24,7 @@ from t2v_core.kernels import (
     group_norm_conv,
     join_quarters,
     join_quarters_group_norm,
+    unfolds_over_time,
 )
 from t2v_core.kernels.fp8 import dtype_for, quantise
 
@@ -57,15 +58,21 @@ def total(x: Unfinished) -> Tensor:
 
 
 def summed_and_normed(
-    x: Unfinished, norm: nn.GroupNorm, *, over_frames: bool, silu: bool, dtype: torch.dtype | None = None
+    x: Unfinished,
+    norm: nn.GroupNorm,
+    *,
+    over_frames: bool,
+    silu: bool,
+    dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum or the image, if it is one, and the norm of it, of a type of its own if one is given."""
     if isinstance(x, Sum):
-        return add_group_norm(*x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+        return add_group_norm(*x, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold)
     if isinstance(x, Quarters):
         assert not over_frames
         return join_quarters_group_norm(*x, norm, silu=silu, dtype=dtype)
-    return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+    return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold)
 
 
 def conv_normed(x: Unfinished, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
@@ -192,14 +199,18 @@ class TemporalConvLayer(nn.Module):
     def forward(self, x: Tensor | Sum) -> Sum:
         """x: (b, f, h, w, c), same shape out."""
         norm, _, conv = _parts(self.conv1)
-        x, residual = summed_and_normed(x, norm, over_frames=True, silu=True, dtype=dtype_for(conv.weight))
+        unfold = unfolds_over_time(x.x if isinstance(x, Sum) else x, norm, conv.weight)
+        dtype = dtype_for(conv.weight)
+        x, residual = summed_and_normed(x, norm, over_frames=True, silu=True, dtype=dtype, unfold=unfold)
         residual = conv_over_time(residual, conv.weight, x.dtype)
         for layer in (self.conv2, self.conv3, self.conv4):
             assert conv.bias is not None
             offset = conv.bias[None]
             norm, drop, conv = _parts(layer)
             dtype = dtype_for(conv.weight)
-            residual = group_norm(residual, norm, over_frames=True, silu=True, offset=offset, dtype=dtype)
+            residual = group_norm(
+                residual, norm, over_frames=True, silu=True, offset=offset, dtype=dtype, unfold=unfold
+            )
             residual = conv_over_time(drop(residual), conv.weight, x.dtype)
         return Sum(x, residual, conv.bias)
 

@@ -16,8 +16,10 @@ from t2v_core.kernels.ops import (
     linear,
     linear_norm,
     sampler_update,
+    single_head_attention,
     spatial_attention,
     temporal_attention,
+    unfolds_over_time,
 )
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "linear",
     "linear_norm",
     "sampler_update",
+    "single_head_attention",
     "spatial_attention",
     "temporal_attention",
+    "unfolds_over_time",
 ]

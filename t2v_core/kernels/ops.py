@@ -19,6 +19,9 @@ _first_results = FirstResults()
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
 HOPPER = (9, 0)  # compute capability of the first with a copy engine for boxes of tensors
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, FP8)
+# The four norms and convolutions over time of 16 frames of 4x4 pixels and 1280 channels take an H200 71 us instead of
+# 104 for 2 rows, 151 instead of 173 for 6, and 178 instead of 163 for 8.
+_MOST_UNFOLDED_ROWS = 1536
 _SCALED_PRODUCT_SIZES = 16  # whose multiples torch's product in fp8 takes
 
 
@@ -31,13 +34,18 @@ def group_norm(
     offset: Tensor | None = None,
     skip: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> Tensor:
     """As `plain.group_norm`, in one read and one write where a group fits into a processor, and in two reads else."""
     if not _runs_triton(x):
-        return plain.group_norm(x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype)
+        return plain.group_norm(
+            x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype, unfold=unfold
+        )
     from t2v_core.kernels import triton_group_norm as fast
 
-    return fast.group_norm(x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype)
+    return fast.group_norm(
+        x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype, unfold=unfold
+    )
 
 
 def add_group_norm(
@@ -49,13 +57,16 @@ def add_group_norm(
     over_frames: bool,
     silu: bool,
     dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `plain.add_group_norm`, with the sum read once less."""
     if not _runs_triton(x):
-        return plain.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+        return plain.add_group_norm(
+            x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold
+        )
     from t2v_core.kernels import triton_group_norm as fast
 
-    return fast.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+    return fast.add_group_norm(x, delta, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold)
 
 
 def group_norm_conv(
@@ -203,8 +214,23 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return fast.conv_frames(x, weight, dtype) if fast.fits(x, weight) else plain.conv_frames(x, weight, dtype)
 
 
+def unfolds_over_time(x: Tensor, norm: nn.GroupNorm, weight: Tensor) -> bool:
+    """Whether a convolution over time is faster as a product of what the norm before it has unfolded.
+
+    x: (b, f, h, w, c), which is to be normed over all frames, weight: (c2, c, 3, 1, 1).
+    """
+    if not _runs_triton(x) or x.numel() // x.shape[-1] > _MOST_UNFOLDED_ROWS:
+        return False
+    from t2v_core.kernels import triton_group_norm as fast
+
+    is_in_place = weight.is_contiguous(memory_format=torch.channels_last_3d)
+    return x.dtype == weight.dtype and is_in_place and fast.unfolds(x, norm)
+
+
 def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `plain.conv_over_time`, where a kernel of our own is faster than the library's."""
+    if x.shape[-1] != weight.shape[1]:
+        return plain.conv_over_time(x, weight, dtype)
     if _runs_gluon(x):
         from t2v_core.kernels import gluon_conv as faster
 
@@ -258,15 +284,16 @@ def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def temporal_attention(qkv: Tensor, heads: int) -> Tensor:
     """As `plain.temporal_attention`, each number read once from where the projection left it."""
-    if not _runs_triton(qkv):
-        return plain.temporal_attention(qkv, heads)
-    from t2v_core.kernels import triton_temporal_attention as fast
+    if _runs_triton(qkv):
+        from t2v_core.kernels import triton_short_attention as fast
 
-    return fast.temporal_attention(qkv, heads) if fast.fits(qkv, heads) else plain.temporal_attention(qkv, heads)
+        if fast.fits(qkv, heads, tokens=qkv.shape[1]):
+            return fast.temporal_attention(qkv, heads)
+    return plain.temporal_attention(qkv, heads)
 
 
 def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
-    """As `plain.spatial_attention`, by a kernel of our own where the library's is slower."""
+    """As `plain.spatial_attention`, by a kernel of our own where the library's is slower: for many pixels or few."""
     if _runs_gluon(qkv):
         from t2v_core.kernels import gluon_attention as faster
 
@@ -278,7 +305,22 @@ def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
             )
             if result is not None:
                 return result
+    if _runs_triton(qkv):
+        from t2v_core.kernels import triton_short_attention as fast
+
+        if fast.fits(qkv, heads, tokens=qkv.shape[2] * qkv.shape[3]):
+            return fast.spatial_attention(qkv, heads)
     return plain.spatial_attention(qkv, heads)
+
+
+def single_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `plain.single_head_attention`, by two products where the library has no fast kernels for such a head."""
+    if _runs_triton(q):
+        from t2v_core.kernels import triton_wide_attention as fast
+
+        if fast.pays(q):
+            return fast.single_head_attention(q, k, v)
+    return plain.single_head_attention(q, k, v)
 
 
 def sampler_update(

@@ -17,11 +17,12 @@ def group_norm(
     offset: Tensor | None = None,
     skip: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> Tensor:
     """GroupNorm (Wu and He 2018) of x + offset or, with a skip connection, of x and it side by side; then SiLU.
 
     x: (b, f, h, w, c), skip: (b, f, h, w, c2), offset: (b or 1, c) -> (b, f, h, w, c + c2), of x's type or `dtype`.
-    Statistics are of each frame or, with `over_frames`, of all frames together.
+    Statistics are of each frame or, with `over_frames`, of all frames together. `unfold`: see `unfolded`.
     """
     if offset is not None:
         x = x + offset[:, None, None, None, :]
@@ -30,7 +31,8 @@ def group_norm(
     split, merged = ("b c f h w", "b f h w c") if over_frames else ("(b f) c h w", "b f h w c")
     y = norm(rearrange(x, f"{merged} -> {split}"))
     y = rearrange(y, f"{split} -> {merged}", b=len(x)).contiguous()
-    return _as(F.silu(y) if silu else y, dtype)
+    y = _as(F.silu(y) if silu else y, dtype)
+    return unfolded(y) if unfold else y
 
 
 def add_group_norm(
@@ -42,10 +44,11 @@ def add_group_norm(
     over_frames: bool,
     silu: bool,
     dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x + delta + offset, and the GroupNorm of that; see `add` and `group_norm`."""
     x = add(x, delta, offset)
-    return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+    return x, group_norm(x, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold)
 
 
 def group_norm_conv(
@@ -122,8 +125,10 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A convolution over the frames of every pixel, without a bias. x: (b, f, h, w, c), weight: (c2, c, 3, 1, 1).
 
-    Both may be in fp8, the weight as `fp8.quantised` gives it; then the result is of type `dtype`.
+    Both may be in fp8, the weight as `fp8.quantised` gives it; then the result is of type `dtype`. x may be `unfolded`.
     """
+    if x.shape[-1] != weight.shape[1]:
+        return F.linear(x, weight.movedim(1, -1).flatten(1))
     if dtype is not None and weight.dtype == FP8:
         x, weight = x.to(dtype), _weight(weight, dtype)
     if x.is_cuda:  # whose library chooses better kernels for this than for the same in two dimensions
@@ -131,6 +136,16 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
         return rearrange(out, "b c f h w -> b f h w c").contiguous()
     out = F.conv2d(rearrange(x, "b f h w c -> b c f (h w)"), weight.squeeze(-1), padding=(1, 0))
     return rearrange(out, "b c f (h w) -> b f h w c", h=x.shape[2]).contiguous()
+
+
+def unfolded(x: Tensor) -> Tensor:
+    """Every frame beside the one before it and the one after, or zeros: what each row of a convolution over time reads.
+
+    (b, f, h, w, c) -> (b, f, h, w, 3 c).
+    """
+    f = x.shape[1]
+    padded = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
+    return torch.cat([padded[:, tap : tap + f] for tap in range(3)], dim=-1)
 
 
 def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
@@ -170,6 +185,11 @@ def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
     q, k, v = rearrange(qkv, "b f h w (three heads d) -> three (b f) heads (h w) d", three=3, heads=heads)
     attended = F.scaled_dot_product_attention(q, k, v)
     return rearrange(attended, "(b f) heads (h w) d -> b f h w (heads d)", b=b, h=h)
+
+
+def single_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of all tokens of a sequence to each other, by one head. Each (n, tokens, c) -> (n, tokens, c)."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 def sampler_update(

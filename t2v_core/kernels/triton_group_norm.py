@@ -7,6 +7,7 @@ what is read next, is still in the cache.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,17 +17,36 @@ from torch import Tensor, nn
 from t2v_core.kernels.triton_rows import load_quarter
 
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
-_WHOLE_GROUP_CHANNELS = 30  # fewer beside each other in memory are read too slowly by groups
+# Fewer channels beside each other in memory are read too slowly by groups, but for those that are whole sectors of it:
+# for 8 images of 32x32 and 512 channels, 9 us instead of 20 by three kernels.
+_WHOLE_GROUP_CHANNELS, _SECTOR_CHANNELS = 30, 16
 # Of a group that is read twice. On an H200, it takes 11 us instead of 17 for 2 rows of 16 frames of 8x8 and 1280
 # channels, 53 instead of 49 for 16 rows of them, and 23 instead of 17 where groups are twice as large.
 _TWICE_READ_VALUES, _PART_VALUES, _PART_WARPS = 65536, 16384, 16
 _TWICE_READ_GROUPS = 132
-_TILE_VALUES = 4096
-_NUM_WARPS = 4
-_PROGRAMS = 528  # four for each processor of an H100
-_BLOCKS_OF_CHUNKS = (8, 32, 128)
+_WARPS = ((1024, 2), (4096, 4), (8192, 8), (16384, 16))  # for whole groups of up to so many values
+_TAPS = 3  # of a convolution over time
+_BLOCKS_OF_CHUNKS = (8, 32, 128, 1024)
+
+
+class _Summing(NamedTuple):
+    """How sums are shared out: tiles of so many values, warps of a program, programs, and most chunks of a sample."""
+
+    values: int
+    warps: int
+    programs: int
+    most_chunks: int
+
+
+# On an H200, sums of 2 rows of 16 frames of 16x16 and 640 channels take 7 us with one warp and 11 with four.
+_SUMMING_FEW = _Summing(values=1024, warps=1, programs=2112, most_chunks=128)
+_SUMMING_MANY = _Summing(values=2048, warps=2, programs=1056, most_chunks=1024)
+_FEW_VALUES = 2**24
+# Tiles that are applied, and their warps: where rows of a tile are 256 bytes or more, 19 us instead of 23 for 8 images
+# of 64x64 and 512 channels, but 102 instead of 82 for 256 of 32x32 and 320.
+_WIDE_APPLIED, _NARROW_APPLIED, _WIDE_BLOCK = (1024, 1), (4096, 4), 128
 # For which one compiled kernel is as good as another. Of channels, it has to know that they are whole vectors.
-_SIZES = ("positions", "width", "chunk", "chunks", "offset_stride", "offset_share")
+_SIZES = ("positions", "pixels", "width", "chunk", "chunks", "offset_stride", "offset_share")
 
 
 def group_norm(
@@ -38,9 +58,10 @@ def group_norm(
     offset: Tensor | None = None,
     skip: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> Tensor:
     """See `plain.group_norm`."""
-    return _group_norm(x, None, skip, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)[1]
+    return _group_norm(x, None, skip, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold)[1]
 
 
 def add_group_norm(
@@ -52,10 +73,30 @@ def add_group_norm(
     over_frames: bool,
     silu: bool,
     dtype: torch.dtype | None = None,
+    unfold: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `plain.add_group_norm`."""
     offset = None if offset is None else offset[None]
-    return _group_norm(x, delta, None, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype)
+    return _group_norm(x, delta, None, offset, norm, over_frames=over_frames, silu=silu, dtype=dtype, unfold=unfold)
+
+
+def unfolds(x: Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether what is normed over frames can be unfolded: where one program holds a group. x: (b, f, h, w, c)."""
+    _, f, h, w, channels = x.shape
+    return _is_whole(f * h * w, channels // norm.num_groups)
+
+
+def _is_whole(positions: int, group_channels: int) -> bool:
+    return _is_read_by_groups(group_channels) and _values(positions, group_channels) <= _WHOLE_GROUP_VALUES
+
+
+def _is_read_by_groups(group_channels: int) -> bool:
+    return group_channels >= _WHOLE_GROUP_CHANNELS or group_channels % _SECTOR_CHANNELS == 0
+
+
+def _values(positions: int, group_channels: int) -> int:
+    """Of a group, in a program's registers."""
+    return triton.next_power_of_2(positions) * triton.next_power_of_2(group_channels)
 
 
 def _group_norm(
@@ -68,6 +109,7 @@ def _group_norm(
     over_frames: bool,
     silu: bool,
     dtype: torch.dtype | None,
+    unfold: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns x + delta + offset where there is a delta, or else x, and what becomes of it."""
     b, f, h, w, x_channels = x.shape
@@ -77,20 +119,25 @@ def _group_norm(
     block_g = triton.next_power_of_2(group_channels)
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
-    out = x.new_empty(b, f, h, w, channels, dtype=dtype)
+    assert not unfold or (over_frames and _is_whole(positions, group_channels))
+    taps = _TAPS if unfold else 1
+    out = x.new_empty(b, f, h, w, taps * channels, dtype=dtype)
 
-    whole = triton.next_power_of_2(positions) * block_g
-    fits_twice = whole <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
-    if group_channels >= _WHOLE_GROUP_CHANNELS and (whole <= _WHOLE_GROUP_VALUES or fits_twice):
-        kernel, values, num_warps = _groups_in_parts, _PART_VALUES, _PART_WARPS
-        if whole <= _WHOLE_GROUP_VALUES:
-            kernel, values, num_warps = _whole_groups, whole, 2 if whole <= 1024 else 4 if whole <= 4096 else 8
-        second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
-        kernel[(samples, norm.num_groups)](
-            x, second, added, norm.weight, norm.bias, total, out, positions, x_channels, channels, norm.eps,
-            *offset_at, **flags, SILU=silu, GROUP_CHANNELS=group_channels, BLOCK_G=block_g, BLOCK_P=values // block_g,
-            num_warps=num_warps, enable_fp_fusion=True,
+    values = _values(positions, group_channels)
+    second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
+    inputs = x, second, added, norm.weight, norm.bias, total, out, positions, x_channels, channels, norm.eps, *offset_at
+    sizes = {**flags, "SILU": silu, "GROUP_CHANNELS": group_channels, "BLOCK_G": block_g}
+    if _is_whole(positions, group_channels):
+        _whole_groups[(samples, norm.num_groups)](
+            *inputs, h * w, **sizes, TAPS=taps, BLOCK_P=values // block_g,
+            num_warps=next(warps for most, warps in _WARPS if values <= most), enable_fp_fusion=True,
         )  # fmt: skip
+        return total, out
+    is_twice_read = values <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
+    if _is_read_by_groups(group_channels) and is_twice_read:
+        _groups_in_parts[(samples, norm.num_groups)](
+            *inputs, **sizes, BLOCK_P=_PART_VALUES // block_g, num_warps=_PART_WARPS, enable_fp_fusion=True
+        )
         return total, out
 
     skip = None if skip is None else skip.contiguous()
@@ -132,9 +179,11 @@ def scales_of(
     positions = total.numel() // (samples * x_channels)
     second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
     block_c = block_of_channels(x_channels, channels)
-    block_p = _TILE_VALUES // block_c
+    summing = _SUMMING_FEW if samples * positions * channels <= _FEW_VALUES else _SUMMING_MANY
+    block_p = max(1, summing.values // block_c)
     num_c = triton.cdiv(channels, block_c)
-    chunks = min(triton.cdiv(positions, block_p), max(1, _PROGRAMS // (samples * num_c)), max(_BLOCKS_OF_CHUNKS))
+    of_sample = max(1, summing.programs // (samples * num_c))
+    chunks = min(triton.cdiv(positions, block_p), of_sample, summing.most_chunks)
     chunk = triton.cdiv(triton.cdiv(positions, chunks), block_p) * block_p
     chunks = triton.cdiv(positions, chunk)
     sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
@@ -142,7 +191,7 @@ def scales_of(
     _sums[(num_c, chunks, samples)](
         x, second, added, total, sums, positions, x_channels, channels, width, chunk, chunks, *offset_at,
         **flags, HAS_QUARTERS=has_quarters, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+        num_warps=summing.warps, enable_fp_fusion=True,
     )  # fmt: skip
     is_in_total = delta is not None or has_quarters
     group_channels = channels // norm.num_groups
@@ -151,7 +200,7 @@ def scales_of(
         sums, added, norm.weight, norm.bias, scales, positions, channels, group_channels, norm.eps, chunks, *offset_at,
         HAS_OFFSET=offset is not None and not is_in_total, BLOCK_G=triton.next_power_of_2(group_channels),
         BLOCK_N=block_n,
-        num_warps=2 if block_n < max(_BLOCKS_OF_CHUNKS) else 8, enable_fp_fusion=True,
+        num_warps=2 if block_n < _SUMMING_FEW.most_chunks else 8, enable_fp_fusion=True,
     )  # fmt: skip
     return scales
 
@@ -160,11 +209,12 @@ def _apply_scales(x: Tensor, skip: Tensor | None, scales: Tensor, out: Tensor, *
     x_channels, channels = x.shape[-1], out.shape[-1]
     positions = out.numel() // (len(scales) * channels)
     block_c = block_of_channels(x_channels, channels)
-    block_p = _TILE_VALUES // block_c
+    values, num_warps = _WIDE_APPLIED if block_c >= _WIDE_BLOCK else _NARROW_APPLIED
+    block_p = max(1, values // block_c)
     _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), len(scales))](
         x, x if skip is None else skip, scales, out, positions, x_channels, channels,
         HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+        num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -208,9 +258,15 @@ def _load(x, second, rows, columns, mask, x_channels, channels, HAS_SKIP: tl.con
 @triton.jit(do_not_specialize=_SIZES)
 def _whole_groups(
     x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
+    pixels,
     HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """Each is read once. With several taps, a frame has beside it those around it, and zeros for those there are not.
+
+    So positions are those of all frames then: where a frame would be that of a tap before the first or after the last,
+    there is one without that tap at the other end.
+    """
     sample, group = tl.program_id(0), tl.program_id(1)
     position = tl.arange(0, BLOCK_P)[:, None]
     in_group = tl.arange(0, BLOCK_G)[None, :]
@@ -234,7 +290,15 @@ def _whole_groups(
     y = centred * rstd * gamma + beta
     if SILU:
         y = y * tl.sigmoid(y)
-    tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
+    y = y.to(out.dtype.element_ty)
+    if TAPS == 1:
+        tl.store(out + row.to(tl.int64) * channels + column, y, mask=mask)
+    else:
+        for tap in tl.static_range(TAPS):
+            moved = position + (TAPS // 2 - tap) * pixels
+            wrapped = tl.where(moved < 0, moved + positions, tl.where(moved < positions, moved, moved - positions))
+            where = (sample * positions + wrapped).to(tl.int64) * TAPS + tap
+            tl.store(out + where * channels + column, tl.where(moved == wrapped, y, 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -5,7 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-_TILE_VALUES = 4096
+# Values of a tile, and its warps. On an H200, LayerNorm of 262144 rows of 320 channels takes 84 us with one warp and
+# 133 with four; with 1280 channels, four are faster.
+_SUMMED, _JOINED = (2048, 4), (1024, 1)
+_NARROW, _WIDE, _MOST_NARROW = (2048, 1), (4096, 4), 512
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, offset: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,10 +35,12 @@ def add(x: Tensor, delta: Tensor, offset: Tensor) -> Tensor:
     channels = x.shape[-1]
     rows = x.numel() // channels
     block_c = triton.next_power_of_2(channels)
-    block_r = max(1, _TILE_VALUES // block_c)
+    values, num_warps = _SUMMED
+    block_r = max(1, values // block_c)
     _add[(triton.cdiv(rows, block_r),)](
-        x, delta, offset, out, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True
-    )
+        x, delta, offset, out, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c,
+        num_warps=num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 
@@ -47,10 +52,11 @@ def join_quarters(corners: Tensor, bias: Tensor) -> Tensor:
     out = corners.new_empty(b, f, height, width, channels)
     rows = out.numel() // channels
     block_c = triton.next_power_of_2(channels)
-    block_r = max(1, _TILE_VALUES // block_c)
+    values, num_warps = _JOINED
+    block_r = max(1, values // block_c)
     _join_quarters[(triton.cdiv(rows, block_r),)](
         corners, bias, out, rows, height, width, channels, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -65,11 +71,12 @@ def _layer_norm(
     channels = x.shape[-1]
     rows = x.numel() // channels
     block_c = triton.next_power_of_2(channels)
-    block_r = max(1, _TILE_VALUES // block_c)
+    values, num_warps = _NARROW if block_c <= _MOST_NARROW else _WIDE
+    block_r = max(1, values // block_c)
     _normalise[(triton.cdiv(rows, block_r),)](
         x, x if delta is None else delta.contiguous(), offset, norm.weight, norm.bias, total, out,
         rows, channels, total.stride(-2), norm.eps,
-        HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=True,
+        HAS_DELTA=delta is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return total, out
 

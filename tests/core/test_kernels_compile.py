@@ -116,7 +116,7 @@ def test_the_decoder(compiled, tmp_path):
     autoencoder = prepared(Autoencoder, ModelConfig().autoencoder)
     frames = torch.cat(list(autoencoder.decode_chunks(draw(4, 16, 32, 32))))
     assert frames.shape == (16, 3, 256, 256)
-    check(compiled, GROUP_NORMS | {"_add", "_multiply_taps", "_add_taps"}, tmp_path)
+    check(compiled, GROUP_NORMS | {"_whole_groups", "_add", "_multiply_taps", "_add_taps", "_weigh"}, tmp_path)
 
 
 @pytest.mark.parametrize("has_noise", [False, True])

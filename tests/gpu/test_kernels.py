@@ -99,6 +99,42 @@ def test_group_norm_conv_is_for_few_channels_of_the_same_size():
 
 
 @every_dtype
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 3, 4, 5, 160), 4), ((1, 1, 3, 3, 64), 2), ((3, 2, 1, 1, 96), 3), ((2, 16, 4, 4, 40), 1)]
+)
+def test_group_norm_unfolded(shape, groups, dtype):
+    from t2v_core.kernels import triton_group_norm as fast
+
+    x, delta = draw(*shape, dtype=dtype, mean=1.0), draw(*shape, dtype=dtype)
+    norm, offset = randomised(nn.GroupNorm(groups, shape[-1]), dtype), draw(1, shape[-1], dtype=dtype)
+    how = {"over_frames": True, "silu": True, "unfold": True}
+    assert fast.unfolds(x, norm)
+    unfolded = fast.group_norm(x, norm, **how, offset=offset)
+    summed = fast.add_group_norm(x, delta, offset[0], norm, **how)
+    norm.double()
+    assert_close(unfolded, plain.group_norm(x.double(), norm, **how, offset=offset.double()), dtype)
+    exact = plain.add_group_norm(x.double(), delta.double(), offset[0].double(), norm, **how)
+    for ours, expected in zip(summed, exact, strict=True):
+        assert_close(ours, expected, dtype)
+
+
+@every_dtype
+def test_a_convolution_over_time_is_a_product_of_what_is_unfolded(dtype):
+    x, weight = draw(2, 5, 3, 2, 24, dtype=dtype), draw(16, 24, 3, 1, 1, dtype=dtype)
+    weight = weight.to(memory_format=torch.channels_last_3d)
+    exact = plain.conv_over_time(x.double(), weight.double())
+    assert_close(plain.conv_over_time(plain.unfolded(x), weight), exact, dtype)
+
+
+def test_only_groups_that_a_program_holds_are_unfolded():
+    from t2v_core.kernels import triton_group_norm as fast
+
+    assert fast.unfolds(torch.empty(1, 16, 4, 4, 1280), nn.GroupNorm(32, 1280))
+    assert not fast.unfolds(torch.empty(1, 16, 8, 8, 1280), nn.GroupNorm(32, 1280))
+    assert not fast.unfolds(torch.empty(1, 16, 2, 2, 320), nn.GroupNorm(32, 320))
+
+
+@every_dtype
 @pytest.mark.parametrize("over_frames", [False, True])
 @pytest.mark.parametrize(
     ("channels", "skip_channels", "groups", "side"),
@@ -181,24 +217,49 @@ def test_group_norm_of_quarters(height, width, channels, silu, dtype):
 
 @every_dtype
 @pytest.mark.parametrize(
-    ("num_frames", "heads", "head_dim"), [(1, 2, 16), (5, 2, 16), (16, 3, 64), (24, 1, 32), (64, 1, 64)]
+    ("num_frames", "height", "width", "heads", "head_dim"),
+    [(1, 3, 5, 2, 16), (5, 1, 1, 2, 16), (16, 4, 4, 3, 64), (24, 5, 9, 1, 32), (64, 8, 8, 1, 64), (3, 2, 1, 1, 128)],
 )
-def test_temporal_attention(num_frames, heads, head_dim, dtype):
-    from t2v_core.kernels import triton_temporal_attention as fast
+def test_attention_in_short_sequences(num_frames, height, width, heads, head_dim, dtype):
+    from t2v_core.kernels import triton_short_attention as fast
 
-    qkv = draw(2, num_frames, 3, 5, 3 * heads * head_dim, dtype=dtype)
-    assert fast.fits(qkv, heads)
+    qkv = draw(2, num_frames, height, width, 3 * heads * head_dim, dtype=dtype)
+    assert fast.fits(qkv, heads, tokens=num_frames)
     assert_close(fast.temporal_attention(qkv, heads), plain.temporal_attention(qkv.double(), heads), dtype)
+    assert fast.fits(qkv, heads, tokens=height * width)
+    assert_close(fast.spatial_attention(qkv, heads), plain.spatial_attention(qkv.double(), heads), dtype)
 
 
-def test_temporal_attention_is_not_for_more_frames_than_a_program_holds():
-    from t2v_core.kernels import triton_temporal_attention as fast
+def test_short_sequences_are_what_a_program_holds():
+    from t2v_core.kernels import triton_short_attention as fast
 
-    assert not fast.fits(draw(1, 65, 1, 1, 3 * 64, dtype=torch.float16), heads=1)
-    assert not fast.fits(draw(1, 4, 1, 1, 3 * 48, dtype=torch.float16), heads=1)
+    assert not fast.fits(draw(1, 65, 1, 1, 3 * 64, dtype=torch.float16), heads=1, tokens=65)
+    assert not fast.fits(draw(1, 4, 1, 1, 3 * 48, dtype=torch.float16), heads=1, tokens=4)
 
 
-@needs_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("images", "tokens", "most_scores"),
+    [(3, 40, 2**25), (3, 40, 2 * 40 * 40), (2, 100, 30 * 100), (1, 33, 1)],
+    ids=["all at once", "some images", "some queries", "one query"],
+)
+def test_single_head_attention(images, tokens, most_scores, dtype):
+    from t2v_core.kernels import triton_wide_attention as fast
+
+    q, k, v = (draw(images, tokens, 264, dtype=dtype) for _ in range(3))
+    assert fast.pays(q)
+    actual = fast.single_head_attention(q, k, v, most_scores)
+    assert_close(actual, plain.single_head_attention(q.double(), k.double(), v.double()), dtype)
+
+
+def test_single_head_attention_is_for_heads_that_the_library_has_no_fast_kernels_for():
+    from t2v_core.kernels import triton_wide_attention as fast
+
+    assert not fast.pays(torch.empty(1, 8, 256, dtype=torch.float16))
+    assert not fast.pays(torch.empty(1, 8, 512))
+    assert not fast.pays(torch.empty(1, 16385, 512, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("rows", "width", "inner"), [(100, 72, 104), (129, 320, 64), (7, 64, 136), (700, 576, 264)])
 def test_geglu(rows, width, inner, dtype, monkeypatch):
