@@ -30,6 +30,7 @@ can be tried, in float32.
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 import time
@@ -60,6 +61,8 @@ def main() -> None:
     if arguments.plot:
         draw(Results.load(arguments.results)).savefig(arguments.plot, dpi=150)
         return
+    # torch.compile would let Triton have a folder of its own from then on, and ours would be compiled again for it.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     results = Results.load(arguments.results) if arguments.results.exists() else Results()
     bench = Bench(arguments, results)
     cases = cases_named(arguments.cases, tiny=arguments.tiny)
