@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from t2v_core import layers
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights.networks import Fusible
@@ -65,6 +67,18 @@ def test_rows_of_one_video_are_what_they_are_each_alone():
     rows = torch.tensor([0, 1, 2, 0, 2])  # of the second video, only the prompt
     together = unet(latents, timesteps, text_embeds, rows)
     assert_same(together, unet(latents[rows], timesteps[rows], text_embeds))
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+def test_convolutions_over_time_of_unfolded_frames_give_the_same(num_frames, monkeypatch):
+    unet = network(UNet3D, TINY.unet)
+    latents = torch.randn(2, 4, num_frames, 8, 8, dtype=torch.float64)
+    timesteps, text_embeds = torch.tensor([900.0, 3.0]), torch.randn(2, 77, 32, dtype=torch.float64)
+    expected = unet(latents, timesteps, text_embeds)
+    asked = Mock(return_value=True)
+    monkeypatch.setattr(layers, "unfolds_over_time", asked)
+    assert_same(unet(latents, timesteps, text_embeds), expected)
+    assert asked.call_count > 0
 
 
 def test_the_kernels_in_tritons_interpreter():
