@@ -13,46 +13,51 @@ Systems:
     t2v+graphs          the same behind t2v_core.graphs, which replays all but large calls
     t2v+fp8             and with products after a norm in fp8, which is not exact; only the UNet
 
-All have the same weights, random ones of the released size, and the same inputs. Times are medians between CUDA events
-of calls that follow each other without waiting, as steps do. What depends on the prompt alone is done before, by those
-that can: ours reads the text once, diffusers' at each step. The error is ||out - reference|| / ||reference||, where the
-reference is diffusers in float32 without TF32, from the same fp16 weights and inputs.
+All have the same weights, random ones of the released size, and the same inputs. What depends on the prompt alone is
+done before, by those that can: ours reads the text once, diffusers' at each step. The error is ||out - reference|| /
+||reference||, where the reference is diffusers in float32 without TF32, from the same fp16 weights and inputs.
 
-Memory is the peak in a call of what is allocated, beyond the weights and the inputs; of a graph, the peak of the first
-call, which captures it, since that much stays taken. The first call has other latents than the later ones; its time
-holds compiling or capturing, but what an earlier system of this process has loaded or compiled is there already.
-diffusers decodes all frames at once, as its pipeline does, or one by one where torch could not index them in 32 bits.
+A GPU slows down as it gets hot, so the systems of a case are timed in turns. First each is built and called, and its
+error and memory are taken. Then come several rounds, every second one backwards, in each of which every system has its
+share of --repeats: one call that is not timed, and then some between CUDA events, which follow each other without
+waiting, as steps do. Median, least and p90 are of all of a system's timed calls.
 
-The results file keeps every measurement as soon as it is made, and the next call on the same kind of machine with the
-same file makes those that are missing; failures are tried again. On a CPU, with --tiny, all but graphs and compiling
-can be tried, in float32.
+Memory is the peak in a call of what is allocated, beyond the weights, the inputs and all that other systems hold; of a
+graph, the peak of the first call, which captures it, since that much stays taken. The first call has other latents than
+the later ones; its time holds compiling or capturing, but what an earlier system of this process has loaded or compiled
+is there already. diffusers decodes all frames at once, as its pipeline does, or one by one where torch could not index
+them in 32 bits.
+
+The results file keeps a case's measurements as soon as they are made, and the next call on the same kind of machine
+with the same file makes those that are missing, in turns with each other: only what one call has measured has had the
+same card. Failures are tried again, after the systems that have not been tried. All systems of a case are in memory
+until they are timed: one that finds no room fails, its failure says beside which others, and the next call tries it
+without those that are done by then. On a CPU, with --tiny, all but graphs and compiling can be tried, in float32.
 """
 
 import argparse
-import gc
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+from gpu_device import Device
 from gpu_peers import Call, Case, Decode, UNetStep, Work, cases_named, diffusers_version, make_work
+from gpu_profile import kernels_of
 from gpu_results import CASE_NAMES, SYSTEMS, Figures, Record, Results, draw, error_of, report
-from timing import gpu_times_ms
+from timing import turns
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from t2v_core.config import ModelConfig
 from t2v_core.weights.random_init import TINY
 
 _WARM_UP_CALLS = 3  # after the first
-_PROFILED_CALLS = 5
-_PROFILED_KERNELS, _KERNEL_NAME_WIDTH = 40, 90
 _FAILURE_WIDTH = 300
 
 
@@ -81,65 +86,66 @@ class Stopped(Exception):
     """This process can measure no more."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A system that works, and all that is known of it but its times."""
+
+    call: Call
+    error: float | None
+    first_call_s: float
+    memory_bytes: int | None
+
+
 class Bench:
     """Measures what the results lack."""
 
     def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
         self._arguments, self._results = arguments, results
         self._stop_s = time.monotonic() + arguments.stop_after_s
-        self._device = torch.device(arguments.device)
-        self._on_gpu = self._device.type == "cuda"
-        self._dtype = torch.float16 if self._on_gpu else torch.float32
+        self._device = Device(arguments.device)
+        self._dtype = torch.float16 if self._device.is_gpu else torch.float32
         self._config = TINY if arguments.tiny else ModelConfig()
         version = diffusers_version()
         self._has_diffusers = version is not None
         self._has_reference = self._has_diffusers and not arguments.no_errors
         if not self._has_diffusers:
             _say("diffusers is not installed (pip install diffusers): it is not measured, and no error is known")
-        name = torch.cuda.get_device_name(self._device) if self._on_gpu else f"CPU, {torch.get_num_threads()} threads"
         peer = f"diffusers {version}" if version else "no diffusers"
-        size = ", tiny" if arguments.tiny else ""
-        self.machine = f"{name}, torch {torch.__version__}, {peer}, {str(self._dtype).removeprefix('torch.')}{size}"
+        kind = f"{str(self._dtype).removeprefix('torch.')}{', tiny' if arguments.tiny else ''}"
+        self.machine = f"{self._device}, torch {torch.__version__}, {peer}, {kind}"
         # The reference is exact in float32. Nothing else here is of that type on a GPU.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 
     def measure_case(self, case: Case) -> None:
-        """Every system asked for that has no figures yet. Raises Stopped."""
-        done = {record.key for record in self._results.records if record.figures is not None}
-        systems = [name for name in self._systems(case) if (self.machine, case.name, name) not in done]
-        if not systems:
+        """Every system asked for that has no figures yet, in turns. Raises Stopped."""
+        systems = self._systems(case)
+        known = {
+            record.system: record
+            for record in self._results.records
+            if (record.machine, record.case) == (self.machine, case.name)
+        }
+        new = [system for system in systems if system not in known]
+        failed = [system for system in systems if system in known and known[system].figures is None]
+        if not new and not failed:
             return
         self._go_on(case.name)
-        work = make_work(self._config, case, self._device, self._dtype)
+        work = self._work(case)
         reference = self._reference(work, case) if self._has_reference else None
-        for system in systems:
-            self._go_on(f"{case.name}, {system}")
-            self._results.put(self._record(work, case, system, reference), self._arguments.results)
+        for together in (new, failed):  # one that loses the device would always take the others' figures with it
+            if together:
+                self._go_on(f"{case.name}, {', '.join(together)}")
+                self._measure(work, case, together, reference)
 
     def profile(self, case: Case) -> str:
         """The kernels of our network by their time in all, over a few calls. Raises Stopped."""
         self._go_on(f"{case.name}, profile")
-        work = make_work(self._config, case, self._device, self._dtype)
+        work = self._work(case)
         with torch.inference_mode():
             call = work.bind("t2v", work.build("t2v"))
             for _ in range(_WARM_UP_CALLS):
                 call(work.latents)
-            self._wait()
-            with profile(activities=[ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU]) as profiler:
-                for _ in range(_PROFILED_CALLS):
-                    call(work.latents)
-                self._wait()
-        averages = profiler.key_averages()
-        if self._on_gpu:  # the launching calls are listed as well, as the CPU's
-            kernels = [
-                (event.self_device_time_total, event.count, event.key)
-                for event in averages
-                if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-            ]
-        else:
-            kernels = [(event.self_cpu_time_total, event.count, event.key) for event in averages]
-        return _kernel_table(f"{case.name}, t2v", kernels)
+            return kernels_of(f"{case.name}, t2v", partial(call, work.latents), self._device)
 
     def _systems(self, case: Case) -> list[str]:
         """Those asked for that can run here."""
@@ -149,106 +155,99 @@ class Bench:
             for system in able
             if system in self._arguments.systems
             and (self._has_diffusers or not system.startswith("diffusers"))
-            and (self._on_gpu or "+" not in system)
+            and (self._device.is_gpu or "+" not in system)
         ]
+
+    def _work(self, case: Case) -> Work:
+        return make_work(self._config, case, self._device.torch_device, self._dtype)
 
     def _reference(self, work: Work, case: Case) -> Tensor | None:
         try:
             with torch.inference_mode():
                 return work.reference()
-        except Exception as error:  # as in _record
+        except Exception as error:  # out of memory
             _say(f"{case.name}: no reference, so no error is known: {_first_line(error)}")
             return None
 
-    def _record(self, work: Work, case: Case, system: str, reference: Tensor | None) -> Record:
-        record = partial(Record, machine=self.machine, case=case.name, system=system)
-        try:
-            figures = self._figures(work, case, system, reference)
-        except Exception as error:  # out of memory, what cannot be compiled: the others go on
-            _say(f"{case.name}, {system}: failed: {_first_line(error)}")
-            return record(failure=_first_line(error))
-        _say(
-            f"{case.name}, {system}: {figures.median_ms:.2f} ms ({figures.min_ms:.2f} at least, p90 "
-            f"{figures.p90_ms:.2f}), error {error_of(figures)}, first call {figures.first_call_s:.1f} s"
-        )
-        return record(figures=figures)
+    def _measure(self, work: Work, case: Case, systems: Sequence[str], reference: Tensor | None) -> None:
+        """Build and call each, and then time in turns those that work. Raises Stopped."""
+        ready: dict[str, Ready] = {}
+        for system in systems:
+            self._free_for(f"{case.name}, {system}")
+            with self._failing_alone(case, system, ready):
+                ready[system] = self._ready(work, system, reference)
+                _say(f"{case.name}, {system}: ready, first call {ready[system].first_call_s:.1f} s")
+        self._free_for(f"{case.name}, timing")
+        times_ms: dict[str, list[float]] = {system: [] for system in ready}
+        for system, num_calls in turns(list(ready), self._arguments.repeats):
+            if system not in ready:  # it failed in an earlier turn
+                continue
+            with self._failing_alone(case, system, ready):
+                times_ms[system] += self._turn_ms(ready[system].call, work.latents, num_calls)
+            if system not in ready:
+                self._free_for(f"{case.name}, timing")
+        for system in ready:
+            figures = _figures(ready[system], times_ms[system], case.num_videos)
+            self._put(Record(machine=self.machine, case=case.name, system=system, figures=figures))
+            _say(
+                f"{case.name}, {system}: {figures.median_ms:.2f} ms ({figures.min_ms:.2f} at least, p90 "
+                f"{figures.p90_ms:.2f}), error {error_of(figures)}"
+            )
 
-    def _figures(self, work: Work, case: Case, system: str, reference: Tensor | None) -> Figures:
+    @contextmanager
+    def _failing_alone(self, case: Case, system: str, ready: dict[str, Ready]) -> Iterator[None]:
+        """A system that fails here is recorded and no more ready; the others, which hold memory as well, go on."""
+        try:
+            yield
+        except Exception as error:  # out of memory, what cannot be compiled
+            ready.pop(system, None)
+            failure = _first_line(error) + (f" (beside {', '.join(ready)})" if ready else "")
+            self._put(Record(machine=self.machine, case=case.name, system=system, failure=failure))
+            _say(f"{case.name}, {system}: failed: {failure}")
+
+    def _ready(self, work: Work, system: str, reference: Tensor | None) -> Ready:
         network = work.build(system)
-        self._free()
-        weights_bytes = self._allocated_bytes()
+        self._device.free()
+        held_bytes = self._device.held_bytes()  # by the system's own weights, and by the others
         with torch.inference_mode():
             call = work.bind(system, network)
-            self._wait()
+            self._device.wait()
             started = time.perf_counter()
             call(work.latents.flip(-1))  # others than later: a graph must not replay what it was captured with
-            self._wait()
+            self._device.wait()
             first_call_s = time.perf_counter() - started
-            first_peak_bytes = self._take_peak_bytes()
+            first_peak_bytes = self._device.take_peak_bytes()
             for _ in range(_WARM_UP_CALLS):
-                result = call(work.latents)
+                call(work.latents)
+            self._device.take_peak_bytes()
+            result = call(work.latents)
+            self._device.wait()
+            peak_bytes = self._device.take_peak_bytes()
             error = None if reference is None else relative_error(result, reference)
-            del result
-            self._wait()
-            self._take_peak_bytes()
-            times_ms = self._times_ms(call, work.latents)
-            peak_bytes = self._take_peak_bytes()
         if system.startswith("t2v+"):  # in graphs
             peak_bytes = max(peak_bytes, first_peak_bytes)
-        median_ms = statistics.median(times_ms)
-        return Figures(
-            error=error,
-            first_call_s=first_call_s,
-            min_ms=min(times_ms),
-            median_ms=median_ms,
-            p90_ms=statistics.quantiles(times_ms, n=10, method="inclusive")[-1],
-            video_ms=median_ms / case.num_videos,
-            memory_bytes=peak_bytes - weights_bytes if self._on_gpu else None,
-            repeats=len(times_ms),
-        )
+        return Ready(call, error, first_call_s, peak_bytes - held_bytes if self._device.is_gpu else None)
 
-    def _times_ms(self, call: Call, latents: Tensor) -> list[float]:
-        repeats = self._arguments.repeats
-        if not self._on_gpu:
-            marks_s = [time.perf_counter()]
-            for _ in range(repeats):
-                call(latents)
-                marks_s.append(time.perf_counter())
-            return [1000.0 * (after - before) for before, after in pairwise(marks_s)]
-        return gpu_times_ms(partial(call, latents), repeats)
+    def _turn_ms(self, call: Call, latents: Tensor, num_calls: int) -> list[float]:
+        with torch.inference_mode():
+            return self._device.times_ms(partial(call, latents), num_calls)
+
+    def _put(self, record: Record) -> None:
+        self._results.put(record, self._arguments.results)
 
     def _go_on(self, what: str) -> None:
         """Free what is left of the work before. Raises Stopped, before `what`, where the time or the device is gone."""
         if time.monotonic() >= self._stop_s:
             raise Stopped(f"{what}: not started, {self._arguments.stop_after_s:g} s are over")
+        torch.compiler.reset()  # also its count of recompilations, which has a limit
+        self._free_for(what)
+
+    def _free_for(self, what: str) -> None:
+        """Free what nothing holds any more. Raises Stopped, before `what`, where the device is gone."""
         try:
-            self._free()
+            self._device.free()
         except RuntimeError as error:  # after an illegal access the device answers no more, until the process ends
             raise Stopped(f"{what}: the device is lost: {_first_line(error)}") from error
-
-    def _wait(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize(self._device)
-
-    def _free(self) -> None:
-        self._wait()
-        torch.compiler.reset()  # also its count of recompilations, which has a limit
-        gc.collect()
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-
-    def _allocated_bytes(self) -> int:
-        if not self._on_gpu:
-            return 0
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return torch.cuda.memory_allocated(self._device)
-
-    def _take_peak_bytes(self) -> int:
-        if not self._on_gpu:
-            return 0
-        peak_bytes = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return peak_bytes
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
@@ -259,19 +258,18 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return (norm(result.double() - reference.double()) / norm(reference.double())).item()
 
 
-def _kernel_table(title: str, kernels: Sequence[tuple[float, int, str]]) -> str:
-    """kernels: microseconds and launches over all profiled calls, and name."""
-    total_us, launches = sum(us for us, _, _ in kernels), sum(count for _, count, _ in kernels)
-    lines = [
-        f"{title}: {total_us / _PROFILED_CALLS / 1000:.3f} ms in {launches / _PROFILED_CALLS:.0f} kernels a call",
-        "   ms a call  share  launches  kernel",
-    ]
-    for us, count, name in sorted(kernels, reverse=True)[:_PROFILED_KERNELS]:
-        lines.append(
-            f"{us / _PROFILED_CALLS / 1000:12.4f} {us / total_us:6.1%} {count / _PROFILED_CALLS:9.4g}  "
-            f"{name[:_KERNEL_NAME_WIDTH]}"
-        )
-    return "\n".join(lines)
+def _figures(ready: Ready, times_ms: Sequence[float], num_videos: int) -> Figures:
+    median_ms = statistics.median(times_ms)
+    return Figures(
+        error=ready.error,
+        first_call_s=ready.first_call_s,
+        min_ms=min(times_ms),
+        median_ms=median_ms,
+        p90_ms=statistics.quantiles(times_ms, n=10, method="inclusive")[-1],
+        video_ms=median_ms / num_videos,
+        memory_bytes=ready.memory_bytes,
+        repeats=len(times_ms),
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -291,9 +289,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="tiny networks and small videos, to try this out")
     parser.add_argument("--cases", nargs="+", choices=CASE_NAMES, default=CASE_NAMES)
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=SYSTEMS, help="none: only --profile")
-    parser.add_argument("--repeats", type=int, default=30, help="of each timed call, 2 or more")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of a system in all its turns, 2 or more")
     parser.add_argument("--no-errors", action="store_true", help="without the reference that errors are against")
-    parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="start nothing new later")
+    parser.add_argument(
+        "--stop-after-s", type=float, default=float("inf"), help="begin nothing later; what takes turns is finished"
+    )
     parser.add_argument("--profile", action="store_true", help="also print the kernels of t2v by their time")
     parser.add_argument("--plot", type=Path, help="only draw the results file: .png, .svg or .pdf")
     return parser
