@@ -117,34 +117,35 @@ def _group_norm(
     samples, positions = (b, f * h * w) if over_frames else (b * f, h * w)
     channels = x_channels + (0 if skip is None else skip.shape[-1])
     group_channels = channels // norm.num_groups
-    block_g = triton.next_power_of_2(group_channels)
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
-    assert not unfold or (over_frames and _is_whole(positions, group_channels))
+    is_whole = _is_whole(positions, group_channels)
+    assert not unfold or (over_frames and is_whole)
     taps = _TAPS if unfold else 1
     out = x.new_empty(b, f, h, w, taps * channels, dtype=dtype)
 
     values = _values(positions, group_channels)
+    is_twice_read = values <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
+    if not is_whole and not (is_twice_read and _is_read_by_groups(group_channels)):
+        skip = None if skip is None else skip.contiguous()
+        scales = scales_of(x, total, norm, samples, delta=delta, skip=skip, offset=offset)
+        _apply_scales(total, skip, scales, out, silu=silu)
+        return total, out
+
+    block_g = triton.next_power_of_2(group_channels)
     second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
     inputs = x, second, added, norm.weight, norm.bias, total, out, positions, x_channels, channels, norm.eps, *offset_at
     sizes = {**flags, "SILU": silu, "GROUP_CHANNELS": group_channels, "BLOCK_G": block_g}
-    if _is_whole(positions, group_channels):
+    if is_whole:
         _whole_groups[(samples, norm.num_groups)](
             *inputs, h * w, **sizes, TAPS=taps, BLOCK_P=values // block_g,
             num_warps=next(warps for most, warps in _WARPS if values <= most), enable_fp_fusion=True,
         )  # fmt: skip
-        return total, out
-    is_twice_read = values <= _TWICE_READ_VALUES and samples * norm.num_groups <= _TWICE_READ_GROUPS
-    if _is_read_by_groups(group_channels) and is_twice_read:
+    else:
         _groups_in_parts[(samples, norm.num_groups)](
             *inputs, **sizes, BLOCK_P=_PART_VALUES // block_g,
             num_warps=_PART_WARPS if second is x else _PART_WARPS_OF_TWO, enable_fp_fusion=True,
         )  # fmt: skip
-        return total, out
-
-    skip = None if skip is None else skip.contiguous()
-    scales = scales_of(x, total, norm, samples, delta=delta, skip=skip, offset=offset)
-    _apply_scales(total, skip, scales, out, silu=silu)
     return total, out
 
 

@@ -27,7 +27,8 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str
 
 
 @every_dtype
-@pytest.mark.parametrize(("silu", "over_frames"), [(False, True), (True, False)])
+@pytest.mark.parametrize("over_frames", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [
@@ -269,6 +270,7 @@ def test_single_head_attention_is_for_heads_that_the_library_has_no_fast_kernels
     assert not fast.pays(torch.empty(1, 16385, 512, dtype=torch.float16))
 
 
+@needs_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("rows", "width", "inner"), [(100, 72, 104), (129, 320, 64), (7, 64, 136), (700, 576, 264)])
 def test_geglu(rows, width, inner, dtype, monkeypatch):
