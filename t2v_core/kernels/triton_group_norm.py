@@ -1,20 +1,15 @@
 """GroupNorm and SiLU over channels-last frames, with what comes before it: an added offset, or a second input.
 
 A group of few values is normalised by one program, which reads it once, and one of some more by a program that reads it
-twice, where there are no more groups than processors. Else there are three kernels: sums of parts, the scale and shift
-of every channel, and one pass that applies them. The sums go from the end to the beginning: what was written last, and
-what is read next, is still in the cache.
+twice, where there are no more groups than processors. For others, see `triton_group_scales`.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from t2v_core.kernels.triton_rows import load_quarter
+from t2v_core.kernels.triton_group_scales import SIZES, apply_scales, beside, load, scales_of
 
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
 # Fewer channels beside each other in memory are read too slowly by groups, but for those that are whole sectors of it:
@@ -27,27 +22,6 @@ _PART_WARPS, _PART_WARPS_OF_TWO = 32, 16  # of one input, and of two: 11 and 14 
 _TWICE_READ_GROUPS = 132
 _WARPS = ((1024, 2), (4096, 4), (8192, 8), (16384, 16))  # for whole groups of up to so many values
 _TAPS = 3  # of a convolution over time
-_BLOCKS_OF_CHUNKS = (8, 32, 128, 1024)
-
-
-class _Summing(NamedTuple):
-    """How sums are shared out: tiles of so many values, warps of a program, programs, and most chunks of a sample."""
-
-    values: int
-    warps: int
-    programs: int
-    most_chunks: int
-
-
-# On an H200, sums of 2 rows of 16 frames of 16x16 and 640 channels take 7 us with one warp and 11 with four.
-_SUMMING_FEW = _Summing(values=1024, warps=1, programs=2112, most_chunks=128)
-_SUMMING_MANY = _Summing(values=2048, warps=2, programs=1056, most_chunks=1024)
-_FEW_VALUES = 2**24
-# Tiles that are applied, and their warps: where rows of a tile are 256 bytes or more, 19 us instead of 23 for 8 images
-# of 64x64 and 512 channels, but 102 instead of 82 for 256 of 32x32 and 320.
-_WIDE_APPLIED, _NARROW_APPLIED, _WIDE_BLOCK = (1024, 1), (4096, 4), 128
-# For which one compiled kernel is as good as another. Of channels, it has to know that they are whole vectors.
-_SIZES = ("positions", "pixels", "width", "chunk", "chunks", "offset_stride", "offset_share")
 
 
 def group_norm(
@@ -129,11 +103,11 @@ def _group_norm(
     if not is_whole and not (is_twice_read and _is_read_by_groups(group_channels)):
         skip = None if skip is None else skip.contiguous()
         scales = scales_of(x, total, norm, samples, delta=delta, skip=skip, offset=offset)
-        _apply_scales(total, skip, scales, out, silu=silu)
+        apply_scales(total, skip, scales, out, silu=silu)
         return total, out
 
     block_g = triton.next_power_of_2(group_channels)
-    second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
+    second, added, offset_at, flags = beside(x, delta, skip, offset, samples)
     inputs = x, second, added, norm.weight, norm.bias, total, out, positions, x_channels, channels, norm.eps, *offset_at
     sizes = {**flags, "SILU": silu, "GROUP_CHANNELS": group_channels, "BLOCK_G": block_g}
     if is_whole:
@@ -157,108 +131,11 @@ def join_quarters_group_norm(
     joined = corners.new_empty(b, f, 2 * h - 2, 2 * w - 2, channels // 4)
     out = torch.empty_like(joined, dtype=dtype)
     scales = scales_of(corners.contiguous(), joined, norm, b * f, offset=bias[None], has_quarters=True)
-    _apply_scales(joined, None, scales, out, silu=silu)
+    apply_scales(joined, None, scales, out, silu=silu)
     return joined, out
 
 
-def scales_of(
-    x: Tensor,
-    total: Tensor,
-    norm: nn.GroupNorm,
-    samples: int,
-    *,
-    delta: Tensor | None = None,
-    skip: Tensor | None = None,
-    offset: Tensor | None = None,
-    has_quarters: bool = False,
-) -> Tensor:
-    """What the norm multiplies each channel of each sample by, and what it adds then. (samples, 2, channels), float32.
-
-    Of x, or of x and `skip` beside each other, or of x + `delta`, or of an image of which x has the quarters; `total`,
-    (b, f, h, w, c), is x itself or, of the last two, where they are written. offset: (b or 1, c).
-    """
-    width, x_channels = total.shape[-2:]
-    channels = x_channels + (0 if skip is None else skip.shape[-1])
-    positions = total.numel() // (samples * x_channels)
-    second, added, offset_at, flags = _beside(x, delta, skip, offset, samples)
-    block_c = block_of_channels(x_channels, channels)
-    summing = _SUMMING_FEW if samples * positions * channels <= _FEW_VALUES else _SUMMING_MANY
-    block_p = max(1, summing.values // block_c)
-    num_c = triton.cdiv(channels, block_c)
-    of_sample = max(1, summing.programs // (samples * num_c))
-    chunks = min(triton.cdiv(positions, block_p), of_sample, summing.most_chunks)
-    chunk = triton.cdiv(triton.cdiv(positions, chunks), block_p) * block_p
-    chunks = triton.cdiv(positions, chunk)
-    sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
-    scales = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
-    _sums[(num_c, chunks, samples)](
-        x, second, added, total, sums, positions, x_channels, channels, width, chunk, chunks, *offset_at,
-        **flags, HAS_QUARTERS=has_quarters, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=summing.warps, enable_fp_fusion=True,
-    )  # fmt: skip
-    is_in_total = delta is not None or has_quarters
-    group_channels = channels // norm.num_groups
-    block_n = next(block_n for block_n in _BLOCKS_OF_CHUNKS if block_n >= chunks)
-    _scales[(samples, norm.num_groups)](
-        sums, added, norm.weight, norm.bias, scales, positions, channels, group_channels, norm.eps, chunks, *offset_at,
-        HAS_OFFSET=offset is not None and not is_in_total, BLOCK_G=triton.next_power_of_2(group_channels),
-        BLOCK_N=block_n,
-        num_warps=2 if block_n < _SUMMING_FEW.most_chunks else 8, enable_fp_fusion=True,
-    )  # fmt: skip
-    return scales
-
-
-def _apply_scales(x: Tensor, skip: Tensor | None, scales: Tensor, out: Tensor, *, silu: bool) -> None:
-    x_channels, channels = x.shape[-1], out.shape[-1]
-    positions = out.numel() // (len(scales) * channels)
-    block_c = block_of_channels(x_channels, channels)
-    values, num_warps = _WIDE_APPLIED if block_c >= _WIDE_BLOCK else _NARROW_APPLIED
-    block_p = max(1, values // block_c)
-    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), len(scales))](
-        x, x if skip is None else skip, scales, out, positions, x_channels, channels,
-        HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=num_warps, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def _beside(
-    x: Tensor, delta: Tensor | None, skip: Tensor | None, offset: Tensor | None, samples: int
-) -> tuple[Tensor, Tensor, tuple[int, int], dict[str, bool]]:
-    """What kernels take beside x: a second input, offsets, their stride and how many samples share one, and flags.
-
-    x stands for what there is none of. An offset of one row is that of all samples; else each belongs to a video's.
-    """
-    second = next((tensor.contiguous() for tensor in (skip, delta) if tensor is not None), x)
-    flags = {"HAS_SKIP": skip is not None, "HAS_DELTA": delta is not None, "HAS_OFFSET": offset is not None}
-    if offset is None:
-        return second, x, (0, samples), flags
-    return second, offset, (0 if len(offset) == 1 else offset.stride(0), samples // len(offset)), flags
-
-
-def block_of_channels(x_channels: int, channels: int) -> int:
-    """A power of two that divides both inputs' channels, so that no program has idle threads or reads both inputs."""
-    divisor = math.gcd(math.gcd(x_channels, channels), 256)
-    return divisor if divisor >= 32 else triton.next_power_of_2(channels)
-
-
-@triton.jit
-def _load(x, second, rows, columns, mask, x_channels, channels, HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr):
-    """Values of x, plus those of the second input, or with them in the channels after its own, as float32."""
-    rows = rows.to(tl.int64)
-    if HAS_DELTA:
-        delta = tl.load(second + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
-        return delta + tl.load(x + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SKIP:
-        skip_channels = channels - x_channels
-        ours = tl.load(x + rows * x_channels + columns, mask=mask & (columns < x_channels), other=0.0)
-        theirs = tl.load(
-            second + rows * skip_channels + (columns - x_channels), mask=mask & (columns >= x_channels), other=0.0
-        )
-        return ours.to(tl.float32) + theirs.to(tl.float32)
-    return tl.load(x + rows * channels + columns, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _whole_groups(
     x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
     pixels,
@@ -276,7 +153,7 @@ def _whole_groups(
     column = group * GROUP_CHANNELS + in_group
     mask = (position < positions) & (in_group < GROUP_CHANNELS)
     row = sample * positions + position
-    values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
+    values = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
     if HAS_OFFSET:
         added = tl.load(
             offset + (sample // offset_share) * offset_stride + column, mask=in_group < GROUP_CHANNELS, other=0.0
@@ -304,7 +181,7 @@ def _whole_groups(
             tl.store(out + where * channels + column, tl.where(moved == wrapped, y, 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _groups_in_parts(
     x, second, offset, weight, bias, summed, out, positions, x_channels, channels, eps, offset_stride, offset_share,
     HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr, SILU: tl.constexpr,
@@ -323,7 +200,7 @@ def _groups_in_parts(
         position = start + tl.arange(0, BLOCK_P)[:, None]
         mask = (position < positions) & is_channel
         row = sample * positions + position
-        values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
+        values = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
         values = tl.where(mask, values + added, 0.0)
         if HAS_DELTA:
             tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
@@ -342,98 +219,8 @@ def _groups_in_parts(
         position = start + tl.arange(0, BLOCK_P)[:, None]
         mask = (position < positions) & is_channel
         row = sample * positions + position
-        values = _load(source, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
+        values = load(source, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
         y = values * scale + shift_of_source
         if SILU:
             y = y * tl.sigmoid(y)
         tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _sums(
-    x, second, offset, summed, sums, positions, x_channels, channels, width, chunk, chunks, offset_stride,
-    offset_share,
-    HAS_SKIP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_QUARTERS: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums and sums of squares of each channel over the positions of a chunk."""
-    part, sample = chunks - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    WRITES: tl.constexpr = HAS_DELTA or HAS_QUARTERS
-    if WRITES and HAS_OFFSET:
-        added = tl.load(offset + (sample // offset_share) * offset_stride + column, mask=column < channels, other=0.0)
-    for start in range(0, chunk, BLOCK_P):
-        position = part * chunk + start + tl.arange(0, BLOCK_P)[:, None]
-        mask = (position < positions) & (column < channels)
-        row = sample * positions + position
-        if HAS_QUARTERS:
-            values = load_quarter(x, sample, position, column, mask, positions // width, width, channels)
-        else:
-            values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
-        if WRITES:
-            if HAS_OFFSET:
-                values = tl.where(mask, values + added.to(tl.float32), 0.0)
-            tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
-        total += values
-        squares += values * values
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_channel = channel < channels
-    sum_of_values, sum_of_squares = tl.sum(total, 0), tl.sum(squares, 0)
-    if HAS_OFFSET and not WRITES:  # the sums of x + added, by those of x
-        number = tl.minimum(chunk, positions - part * chunk)
-        where = offset + (sample // offset_share) * offset_stride + channel
-        added_to_all = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
-        sum_of_squares += added_to_all * (2.0 * sum_of_values + number * added_to_all)
-        sum_of_values += number * added_to_all
-    where = sums + (sample * chunks + part) * 2 * channels + channel
-    tl.store(where, sum_of_values, mask=is_channel)
-    tl.store(where + channels, sum_of_squares, mask=is_channel)
-
-
-@triton.jit(do_not_specialize=(*_SIZES, "channels", "group_channels"))
-def _scales(
-    sums, offset, weight, bias, scales, positions, channels, group_channels, eps, chunks, offset_stride, offset_share,
-    HAS_OFFSET: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What each channel is multiplied by, and what is added then."""
-    sample, group = tl.program_id(0), tl.program_id(1)
-    in_group = tl.arange(0, BLOCK_G)
-    is_channel = in_group < group_channels
-    column = group * group_channels + in_group
-    part = tl.arange(0, BLOCK_N)[:, None]
-    where = sums + (sample * chunks + part) * 2 * channels + column[None, :]
-    mask = (part < chunks) & is_channel[None, :]
-    count = positions * group_channels
-    mean = tl.sum(tl.load(where, mask=mask, other=0.0)) / count
-    variance = tl.sum(tl.load(where + channels, mask=mask, other=0.0)) / count - mean * mean
-    scale = tl.rsqrt(tl.maximum(variance, 0.0) + eps) * tl.load(weight + column, mask=is_channel, other=0.0).to(
-        tl.float32
-    )
-    shift = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32) - mean * scale
-    if HAS_OFFSET:
-        added = tl.load(offset + (sample // offset_share) * offset_stride + column, mask=is_channel, other=0.0)
-        shift += added.to(tl.float32) * scale
-    tl.store(scales + sample * 2 * channels + column, scale, mask=is_channel)
-    tl.store(scales + sample * 2 * channels + channels + column, shift, mask=is_channel)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _apply(
-    x, second, scales, out, positions, x_channels, channels,
-    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    num_c = tl.cdiv(channels, BLOCK_C)
-    block, sample = tl.program_id(0), tl.program_id(1)
-    position = block // num_c * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    column = block % num_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (position < positions) & (column < channels)
-    row = sample * positions + position
-    values = _load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
-    scale = tl.load(scales + sample * 2 * channels + column, mask=column < channels, other=0.0)
-    shift = tl.load(scales + sample * 2 * channels + channels + column, mask=column < channels, other=0.0)
-    y = values * scale + shift
-    if SILU:
-        y = y * tl.sigmoid(y)
-    tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)

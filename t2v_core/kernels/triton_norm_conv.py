@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from t2v_core.kernels.triton_group_norm import block_of_channels, scales_of
+from t2v_core.kernels.triton_group_scales import block_of_channels, scales_of
 
 _SIDE, _MOST_COLUMNS = 3, 128
 _BLOCK_P, _MOST_BLOCK_C = 64, 64  # pixels and channels at a time

@@ -155,7 +155,7 @@ def test_group_norm_of_two_inputs_beside_each_other(channels, skip_channels, gro
 def test_group_norm_of_many_values(dtype, monkeypatch):
     from t2v_core.kernels import triton_group_norm as fast
 
-    monkeypatch.setattr(fast, "_FEW_VALUES", 0)
+    monkeypatch.setattr("t2v_core.kernels.triton_group_scales._FEW_VALUES", 0)
     x, norm = draw(1, 1, 33, 32, 256, dtype=dtype, mean=1.0), randomised(nn.GroupNorm(64, 256), dtype)
     actual = fast.group_norm(x, norm, over_frames=False, silu=True)  # by more chunks than few values have
     assert_close(actual, plain.group_norm(x.double(), norm.double(), over_frames=False, silu=True), dtype)
