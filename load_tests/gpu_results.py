@@ -116,7 +116,7 @@ def _draw_case(axes: Any, name: str, records: Sequence[Record]) -> None:
     for record in _in_order(records):
         assert record.figures is not None
         bars = axes.bar(record.system, record.figures.video_ms, color=_COLOURS[record.system])
-        axes.bar_label(bars, fmt="%.3g")
+        axes.bar_label(bars, fmt="{:#.3g}" if record.figures.video_ms < 100 else "{:.0f}")
     axes.set_title(_title(name), fontsize="medium")
     for label in axes.get_xticklabels():
         label.set(rotation=40, horizontalalignment="right", rotation_mode="anchor")
