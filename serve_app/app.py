@@ -35,7 +35,8 @@ def build(args: AppConfig) -> Application:
         config.generator, storage, webhooks, *weights, config.jobs_per_generator, reserve, *stages
     )
     ingress = _deployed(serve.ingress()(Ingress), _fixed(config.ingress, config.ingress.max_ongoing), config)
-    return ingress.bind(config.ingress, storage, config.keys, webhooks, *weights, generator, denoiser)
+    expires_in_s = config.generator.expires_in_s  # also of what is cancelled before any Generator has it
+    return ingress.bind(config.ingress, storage, config.keys, webhooks, expires_in_s, *weights, generator, denoiser)
 
 
 def _deployed(cls: type, options: dict[str, Any], config: AppConfig) -> Deployment:

@@ -1,11 +1,10 @@
 """One request through the three stages."""
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.calls import (
@@ -18,7 +17,7 @@ from serve_app.calls import (
     Progress,
     Rendered,
 )
-from serve_app.remote import finished, plain_errors
+from serve_app.remote import finished, plain_errors, stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,7 @@ class Chain:
         if call.params.video is not None and call.trajectory is None:
             with plain_errors("decoder"):
                 call = replace(call, video=await finished(self.decoder.encode.remote(call.params.video)))
+        call = replace(call, params=call.params.without_frames())  # which may be hundreds of megabytes
         latents, is_handed_back = None, True
         while is_handed_back:
             is_handed_back = False
@@ -64,5 +64,4 @@ class Chain:
                 async for event in stream:
                     yield event
         finally:
-            with suppress(RayError):  # of a call that never began it raises why, and in place of our own error
-                stream.cancel()  # type: ignore[no-untyped-call]
+            stop(stream)

@@ -166,14 +166,16 @@ class Watcher:
 
         A slow reader misses states in between, never the latest, and not the end of a job that was removed at once.
         """
-        mailbox: _Mailbox = asyncio.Queue(maxsize=1)
+        job = await self._jobs.get(job_id)
+        sighting = Sighting(job, await self.position(job_id) if job.status == "queued" else None)
+        mailbox: _Mailbox = asyncio.Queue(maxsize=1)  # from here on, or what was read before would come after this
         watched = self._watched.setdefault(job_id, _Watched(set()))
         watched.mailboxes.add(mailbox)
+        watched.last = None
         if self._task is None:
             self._task = asyncio.create_task(self._read_on())
         try:
-            job = await self._jobs.get(job_id)
-            yield Sighting(job, await self.position(job_id) if job.status == "queued" else None)
+            yield sighting
             while (told := await mailbox.get()) is not None:
                 if isinstance(told, Removed):
                     if not job.is_ended:

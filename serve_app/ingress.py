@@ -28,7 +28,7 @@ from serve_app.jobs import JobStore
 from serve_app.metrics import Metrics
 from serve_app.origin import origin
 from serve_app.owners import ray_job, this_replica
-from serve_app.remote import finished, plain_errors
+from serve_app.remote import finished, plain_errors, stop
 from serve_app.sizes import SizeLimit, smallest
 from serve_app.webhooks import check_url
 from t2v_core.errors import InvalidRequest
@@ -50,6 +50,7 @@ class Ingress:
         storage: StorageConfig,
         keys: KeysConfig,
         webhooks: WebhooksConfig,
+        expires_in_s: float,
         model: str,
         revision: str | None,
         generator: "DeploymentHandle[Any]",
@@ -61,7 +62,10 @@ class Ingress:
         self._app_name = serve.get_replica_context().app_name
         self._defaults = open_checkpoint(model, revision=revision, networks=()).config.defaults
         self._jobs = await JobStore.open(
-            storage.database, patience_s=DATABASE_PATIENCE_S, on_change=partial(count_change, Metrics())
+            storage.database,
+            keep_ended_s=expires_in_s,
+            patience_s=DATABASE_PATIENCE_S,
+            on_change=partial(count_change, Metrics()),
         )
         self._watcher = Watcher(self._jobs)
         self._status: tuple[float, ApplicationStatusOverview | None] = (-math.inf, None)
@@ -141,7 +145,7 @@ class Ingress:
                     async for event in stream:
                         yield event
             finally:
-                stream.cancel()  # type: ignore[no-untyped-call]
+                stop(stream)
 
     async def size_limit(self) -> SizeLimit | None:
         """How large a video may be, and who says so. None until a Denoiser has told, where nothing is configured."""

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -21,6 +21,8 @@ from t2v_core.config import GenerationDefaults
 from t2v_core.params import GenerationParams
 
 _MAX_UPLOADS = 16  # half of them of one key
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ class ApiParts:
     can work. `check_webhook` raises InvalidRequest for a URL that is not told. `callers` are those whose videos are
     made while they wait. `origin` tells where what is asked for right now comes from. `measured_limit` is what the
     Denoisers can hold, once they have told.
-    `uploading` are those who send an input video, which is held in memory: also by Serve, which takes a body in before
-    anybody reads it, so that no more of them may wait. `reading` are the threads that decode these.
+    `uploading` are those whose input video is held in memory: also by Serve, which takes a body in before anybody reads
+    it, so that no more of them may wait. `reading` are the threads that decode and store these.
     `watching` are those who listen to events: each holds one of the requests that Serve lets in.
     """
 
@@ -83,9 +85,9 @@ class ApiParts:
         """How large a video may be now: the operator's word counts before what was measured."""
         return configured(self.limits.max_pixel_frames) or self.measured_limit()
 
-    async def read(self, resolved: Callable[[], GenerationParams]) -> GenerationParams:
-        """What comes of a request whose input has to be decoded. A thread goes on with that when its caller leaves."""
-        return await asyncio.get_running_loop().run_in_executor(self.reading, resolved)
+    async def read(self, work: Callable[[], _Result]) -> _Result:
+        """What comes of work on an input video. A thread goes on with that when its caller leaves."""
+        return await asyncio.get_running_loop().run_in_executor(self.reading, work)
 
 
 async def _parts_of(request: Request) -> ApiParts:

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentResponseGenerator
 
 from serve_app.errors import Unavailable
 from t2v_core.errors import T2VError
@@ -40,6 +41,12 @@ async def finished(response: Any) -> Any:  # Any: what the method called gives
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+def stop(stream: "DeploymentResponseGenerator[Any]") -> None:
+    """Cancel a call. Of one that never began, Serve would raise why once more, in place of our own error."""
+    with suppress(RayError, RayServeException):
+        stream.cancel()  # type: ignore[no-untyped-call]
 
 
 def _last_line(error: Exception) -> str:

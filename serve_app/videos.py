@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, TypeVar
@@ -122,15 +123,12 @@ async def remix_video(
     earlier = await parts.jobs.get(video_id, owner)
     asked = parse(RemixVideo, await read_body(request, parts.limits.max_body_bytes, multipart=False))
     model = _served(earlier.model, parts)
-    frames = None
-    if earlier.is_edit:  # of the same input
-        if earlier.input_path is None:
-            raise ArtifactGone(f"video {video_id}: is {earlier.status}, so its input is gone; edit that video again")
-        frames = inputs.frames_of(await parts.artifacts.read(earlier.input_path))
-    params = remixed_params(earlier, asked.prompt, parts.defaults, frames)
-    check_size(params, parts.size_limit())
-    new = new_job(params, owner=owner, model=model, remix_of=earlier, idempotency_key=idempotency_key)
-    return await _accept(new, parts, response, frames=frames)
+    with parts.uploading.one(owner) if earlier.is_edit else nullcontext():
+        frames = await _input_of(earlier, parts) if earlier.is_edit else None
+        params = remixed_params(earlier, asked.prompt, parts.defaults, frames)
+        check_size(params, parts.size_limit())
+        new = new_job(params, owner=owner, model=model, remix_of=earlier, idempotency_key=idempotency_key)
+        return await _accept(new, parts, response, frames=frames)
 
 
 async def make_video_now(request: Request, parts: Parts, owner: Owner) -> Response:
@@ -247,13 +245,21 @@ async def _video_of(video_id: str, parts: ApiParts, owner: str) -> bytes:
     return await parts.artifacts.read(job.artifacts["video"].path)
 
 
+async def _input_of(edit: Job, parts: ApiParts) -> Tensor:
+    """The frames that a video was made of. Raises ArtifactGone."""
+    if edit.input_path is None:
+        raise ArtifactGone(f"video {edit.id}: is {edit.status}, so its input is gone; edit that video again")
+    return await parts.read(partial(inputs.frames_of, await parts.artifacts.read(edit.input_path)))
+
+
 async def _accept(new: NewJob, parts: ApiParts, response: Response, *, frames: Tensor | None = None) -> VideoObject:
     """The input first: a row without its files would be a broken promise."""
     limits = parts.limits
     new = replace(new, **parts.origin()._asdict())
     if frames is not None:
         assert new.input_path is not None
-        await parts.artifacts.put(new.input_path, inputs.to_bytes(frames), inputs.MEDIA_TYPE)
+        data = await parts.read(partial(inputs.to_bytes, frames))
+        await parts.artifacts.put(new.input_path, data, inputs.MEDIA_TYPE)
     try:
         job, is_new = await parts.jobs.create(
             new, max_queued=limits.max_queued, max_queued_per_owner=limits.max_queued_per_owner

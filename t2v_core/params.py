@@ -1,5 +1,6 @@
 """What a caller asks for: one type, validated once, for the library, the command line and the service."""
 
+import copy
 import dataclasses
 import math
 import secrets
@@ -130,6 +131,12 @@ class GenerationParams:
     def num_steps(self) -> int:
         """How many steps are run."""
         return self.num_inference_steps - self.first_step
+
+    def without_frames(self) -> "GenerationParams":
+        """The same, with its strength, for stages that do not read the input video."""
+        settings = copy.copy(self)
+        object.__setattr__(settings, "video", None)
+        return settings
 
 
 def resolve(

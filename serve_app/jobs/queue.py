@@ -20,6 +20,7 @@ from serve_app.jobs.transitions import job_of
 from t2v_core.engine.batching import PATIENCE_S, Priority
 
 _WAITING = jobs.c.status == "queued"
+_LEFT_FOR_S = 3_600.0  # to those who serve its model: longer than an update takes
 
 
 async def enqueue(connection: AsyncConnection, new: NewJob) -> None:
@@ -63,14 +64,17 @@ async def candidates(
 ) -> Sequence[Candidate]:
     """Those who are next; with `urgent_only`, the urgent and the hastened among them. For one caller at a time.
 
-    With a `model`, none that came after `since` for another one.
+    With a `model`, none that came after `since` for another one: unless nobody has taken it for an hour, and nobody
+    makes any for that model.
     """
     await lock(connection, "claim")
     running = {row.owner: row.num for row in await connection.execute(select(_running()))}
     line = _line()
     next_ones = select(line).order_by(line.c.turn, line.c.due_at, line.c.id)
     if model is not None:
-        next_ones = next_ones.where((line.c.model == model) | (line.c.created_at < since))
+        made = select(jobs.c.model).where(jobs.c.status == "in_progress")
+        is_left_over = (line.c.created_at < now_s() - _LEFT_FOR_S) & line.c.model.not_in(made)
+        next_ones = next_ones.where((line.c.model == model) | (line.c.created_at < since) | is_left_over)
     # Of all who wait, no more are read than may be next.
     next_ones = (
         next_ones.where((line.c.priority == "urgent") | (line.c.turn == 1)) if urgent_only else next_ones.limit(limit)

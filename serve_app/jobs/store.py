@@ -24,7 +24,6 @@ from serve_app.jobs.model import (
     Change,
     Heartbeat,
     Job,
-    JobStatus,
     NewJob,
     Page,
     Progress,
@@ -48,7 +47,6 @@ from serve_app.jobs.transitions import (
 from t2v_core.errors import InvalidRequest
 
 _PAUSE_S = 2.0
-_LIVE: tuple[JobStatus, ...] = ("queued", "in_progress")
 # Inside the class, `list` is its method.
 _Jobs = list[Job]
 _Ids = list[str]

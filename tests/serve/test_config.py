@@ -90,6 +90,13 @@ def test_a_version_that_does_not_start_displaces_no_part_that_needs_no_gpu(tmp_p
     assert surges == {"Ingress": 100, "Generator": 100, "TextEncoder": 100, "Denoiser": 0, "Decoder": 0}
 
 
+def test_all_that_has_ended_is_kept_for_as_long_whoever_ends_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deployed = deployments(build(AppConfig.model_validate({"generator": {"expires_in_s": 7200.0}})))
+    assert deployed["Generator"].init_args[0].expires_in_s == 7200.0
+    assert 7200.0 in deployed["Ingress"].init_args  # which ends what is cancelled while it waits
+
+
 def test_relative_paths_are_taken_from_where_the_service_is_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage = deployments(build(AppConfig()))["Ingress"].init_args[1]

@@ -312,10 +312,13 @@ async def begin_upload(url: str, key: str, num_bytes: int) -> asyncio.StreamWrit
 
 async def test_one_keys_uploads_leave_room_for_anothers(tmp_path: Path, files: Files, mp4: bytes) -> None:
     async with running(tmp_path, files, KEYS, BOB) as service:
+        alice = {"authorization": f"Bearer {ALICE}"}
+        form = {"data": {"prompt": "a"}, "files": {"video": ("a.mp4", mp4, "video/mp4")}, "headers": alice}
+        edited = (await service.client.post("/v1/videos/edits", **form)).raise_for_status().json()
+        created = (await service.client.post("/v1/videos", json={"prompt": "a"}, headers=alice)).json()
         stalled = [await begin_upload(service.url, ALICE, 1_000) for _ in range(8)]
 
         async def is_full() -> bool:
-            alice = {"authorization": f"Bearer {ALICE}"}
             response = await service.client.post("/v1/videos/edits", json={"prompt": "a"}, headers=alice)
             if response.status_code != 429:
                 return False
@@ -326,10 +329,15 @@ async def test_one_keys_uploads_leave_room_for_anothers(tmp_path: Path, files: F
         while not await is_full():  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.01)
         assert (await edit(service, mp4)).status_code == 200
+        remix = functools.partial(service.client.post, json={"prompt": "b"}, headers=alice)
+        # A remix of an edit has its input in memory as well.
+        assert "8 uploads" in error_of(await remix(f"/v1/videos/{edited['id']}/remix"), 429)["message"]
+        assert (await remix(f"/v1/videos/{created['id']}/remix")).status_code == 200
         for writer in stalled:
             writer.close()
         while await is_full():  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.01)
+        assert (await remix(f"/v1/videos/{edited['id']}/remix")).status_code == 200
 
 
 async def test_a_body_that_says_that_it_is_too_large_is_refused_before_it_comes(tmp_path: Path, files: Files) -> None:

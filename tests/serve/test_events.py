@@ -334,6 +334,44 @@ async def test_a_slow_reader_misses_states_but_not_the_latest(service: Any) -> N
     await watcher.close()
 
 
+class Slow(Counted):
+    """A job store whose next answer to a question about many jobs is held back."""
+
+    def __init__(self, jobs: JobStore) -> None:
+        super().__init__(jobs)
+        self.has_read, self.may_answer = asyncio.Event(), asyncio.Event()
+        self.may_answer.set()
+
+    async def get_many(self, ids: Any) -> Any:
+        answer = await super().get_many(ids)
+        self.has_read.set()
+        await self.may_answer.wait()
+        return answer
+
+
+async def test_what_was_read_before_a_reader_came_is_not_told_after_what_it_has_seen(service: Any) -> None:
+    video = await service.create()
+    work = await service.claim()
+    await work.step(1)
+    slow = Slow(service.jobs)
+    watcher = Watcher(slow, every_s=0.01)  # type: ignore[arg-type]
+    async with aclosing(watcher.subscribe(video["id"])) as first, asyncio.timeout(5):
+        assert (await anext(first)).job.step == 1
+        slow.may_answer.clear()
+        slow.has_read.clear()
+        await slow.has_read.wait()
+        await work.step(3)
+        async with aclosing(watcher.subscribe(video["id"])) as second:
+            seen = [(await anext(second)).job.step]
+            slow.may_answer.set()
+            await asyncio.sleep(0.1)
+            await work.step(4)
+            while seen[-1] != 4:
+                seen.append((await anext(second)).job.step)
+    assert seen == sorted(seen)
+    await watcher.close()
+
+
 async def test_closing_the_watcher_ends_all_subscriptions(service: Any) -> None:
     video = await service.create()
     watcher = Watcher(service.jobs, every_s=0.01)

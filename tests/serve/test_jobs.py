@@ -476,6 +476,25 @@ async def test_jobs_of_another_model_are_left_to_those_that_came_after_its_chang
     assert {job.id for job in await claim("after", model="new", since=changed_at)} == {old.id, new.id}
 
 
+@pytest.mark.parametrize("urgent_only", [False, True])
+async def test_a_job_that_those_of_its_model_have_left_behind_is_taken_in_the_end(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, urgent_only: bool
+) -> None:
+    changed_at = await store.now()
+    await asyncio.sleep(0.01)
+    late = {(await accept(store, priority="urgent", model="old")).id for _ in range(2)}
+    claim = functools.partial(
+        store.claim, "after", model="new", since=changed_at, limit=2, lease_s=LEASE_S, urgent_only=urgent_only
+    )
+    assert await claim() == []
+    monkeypatch.setattr("serve_app.jobs.queue._LEFT_FOR_S", 0.0)
+    (made,) = await store.claim("before", model="old", limit=1, lease_s=LEASE_S)
+    await asyncio.sleep(0.01)
+    assert await claim() == []  # somebody makes videos with it still
+    await store.release(made.id, made.fence)
+    assert {job.id for job in await claim()} == late
+
+
 async def test_a_reserve_for_the_urgent_takes_no_other(store: JobStore) -> None:
     await accept(store, priority="normal")
     urgent = await accept(store, priority="urgent")
