@@ -14,6 +14,7 @@ from torch import Tensor
 from t2v_core.config import SAMPLER_NAMES, GenerationDefaults, SamplerName
 from t2v_core.errors import InvalidRequest
 from t2v_core.media import VideoFormat, check_encoding
+from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.shapes import SPATIAL_SCALE, VideoShape
 from t2v_core.video_input import VideoLimits, cover, read_video
 
@@ -139,6 +140,7 @@ class GenerationParams:
         return settings
 
 
+@out_of_memory_explained()
 def resolve(
     prompt: str,
     settings: Settings,
@@ -150,7 +152,7 @@ def resolve(
 
     Of an input video - a file, its bytes, or frames (f, h, w, 3) - as many frames are taken as are asked for or, where
     nothing is said, up to the checkpoint's own number; `limits` bound what reading a file may cost.
-    Raises InvalidRequest.
+    Raises InvalidRequest, and OutOfMemory where the input does not fit.
     """
     for name in settings:
         if name not in Settings.__annotations__:

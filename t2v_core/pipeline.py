@@ -55,7 +55,9 @@ class Pipeline:
     def generate(self, prompt: str, *, video: Video | InputVideo | None = None, **settings: Unpack[Settings]) -> Video:
         """A video of what the prompt says or, with an input `video`, that video made anew.
 
-        The input is another `Video`, a file, its bytes, or frames (f, h, w, 3). Settings that are not given are the
+        The input is another `Video`, a file, its bytes, or frames (f, h, w, 3). It is played as fast as before: files
+        and their bytes are read at this request's frame rate, and a `Video` keeps its own unless another is given;
+        frames have none. Settings that are not given are the
         checkpoint's own; see `Settings`. Raises InvalidRequest for what is not allowed, OutOfMemory, and
         GenerationFailed where the numbers are no longer finite.
         """
@@ -68,7 +70,10 @@ class Pipeline:
         self, prompt: str, *, video: Video | InputVideo | None = None, **settings: Unpack[Settings]
     ) -> GenerationParams:
         """A valid request, with every setting filled in and the input video read. Raises InvalidRequest."""
-        return resolve(prompt, settings, self.defaults, video.frames if isinstance(video, Video) else video)
+        if isinstance(video, Video):
+            fps = settings.get("fps") or video.params.fps
+            return resolve(prompt, settings | {"fps": fps}, self.defaults, video.frames_at(fps))
+        return resolve(prompt, settings, self.defaults, video)
 
     def denoise(self, params: GenerationParams) -> Iterator[Trajectory]:
         """The request after each of its steps. Stop iterating to cancel; the last latents are the video's.
@@ -132,7 +137,8 @@ def load(
     precision "fp8", products after a norm are of 8-bit numbers: faster on a Hopper GPU, and the same on a CPU to try.
     With `cached_steps`, so many steps in a row reuse what the UNet's coarser resolutions made of the step before them:
     faster anywhere, and the less exact the more there are.
-    Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used.
+    Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used; and
+    OutOfMemory.
     """
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)

@@ -83,7 +83,9 @@ class Trajectory:
             is_whole = (
                 latents.dim() == 4
                 and latents.is_floating_point()
+                and latents.numel() > 0
                 and history.shape == (2, *latents.shape)
+                and tensors["steps"].dtype == torch.int64
                 and 0 <= step_index <= num_steps
             )
             NoiseSource(state=noise_state)

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from t2v_core.media import encode_video, save_video
@@ -30,6 +31,13 @@ class Video:
         """The same as bytes, in the format that the request asked for."""
         params = self.params
         return encode_video(self.frames, fps=params.fps, format=params.format, crf=crf, metadata=self.metadata())
+
+    def frames_at(self, fps: int) -> Tensor:
+        """The frames that are seen at another rate, of which there are more or fewer in the same time."""
+        if fps == self.params.fps:
+            return self.frames
+        seen = torch.arange(max(1, round(len(self.frames) * fps / self.params.fps))) * self.params.fps // fps
+        return self.frames[seen]
 
     def metadata(self) -> dict[str, str]:
         """What is written into the file, so that it says where it comes from."""

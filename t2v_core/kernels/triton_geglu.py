@@ -16,7 +16,7 @@ from t2v_core.kernels.fp8 import scale_of
 
 _BLOCK_M = 128
 _BLOCK_K_BYTES = 128  # a row of the copy engine's boxes
-_H100_PROCESSORS = 132
+_H100_PROCESSORS, _H100_SHARED_BYTES = 132, 227 << 10
 _SHORT_WIDTH = 512
 
 
@@ -34,6 +34,8 @@ class _Tiling(NamedTuple):
 _SHORT = _Tiling(block_n=64, group_m=8, num_warps=4, num_stages=2, maxnreg=168)
 # A program stays on its processor, and loads the next tile while it gates the last.
 _LONG = _Tiling(block_n=128, group_m=16, num_warps=8, num_stages=4, maxnreg=None)
+# Of which a processor of a GeForce or RTX PRO GPU has no room for four stages, 176 KiB, but for two.
+_LONG_BYTES, _FEWER_STAGES = 180 << 10, 2
 
 
 def fits(x: Tensor, proj: nn.Linear) -> bool:
@@ -49,6 +51,8 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(*x.shape[:-1], inner, dtype=proj.bias.dtype)
     is_short = width <= _SHORT_WIDTH
     tiling = _SHORT if is_short else _LONG
+    if not is_short and shared_bytes(x.device) < _LONG_BYTES:
+        tiling = _LONG._replace(num_stages=_FEWER_STAGES)
     block_n, block_k = tiling.block_n, _BLOCK_K_BYTES // x.element_size()
     x_rows, out_rows = x.flatten(0, -2), out.flatten(0, -2)
     tiles = triton.cdiv(len(x_rows), _BLOCK_M) * triton.cdiv(inner, block_n)
@@ -70,6 +74,14 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _H100_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """What a program can have of a processor's memory: of an H100's off a GPU."""
+    if device.type != "cuda":
+        return _H100_SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @triton.jit

@@ -126,10 +126,11 @@ def _remember(folder: Path, revision: str) -> None:
     if revision == folder.name:
         return
     ref = folder.parent.parent / "refs" / revision
-    if ref.is_file() and not _files(folder.parent / ref.read_text()) <= _files(folder):
-        return
     fresh = ref.with_name(f"{ref.name}.{uuid.uuid4().hex}")
     with suppress(OSError):  # a cache that cannot be written serves all the same
+        known = ref.read_text().strip() if ref.is_file() else ""
+        if known and not _files(folder.parent / known) <= _files(folder):
+            return
         ref.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(folder.name)
         fresh.replace(ref)

@@ -1,7 +1,7 @@
 """The layout of ModelScope's own release: one JSON file and three pickles, named as its authors' code names them."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -15,13 +15,16 @@ from t2v_core.weights.files import read_json, read_tensors
 
 MARKER = "configuration.json"
 
-_UNET = "text2video_pytorch_model.pth"
-_SIZED_BY_TENSORS = ("VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin")
+_FILES: Mapping[NetworkName, str] = {
+    "unet": "text2video_pytorch_model.pth",
+    "autoencoder": "VQGAN_autoencoder.pth",
+    "text_encoder": "open_clip_pytorch_model.bin",
+}
 
 
 def needed_files(names: Sequence[str], half: bool, networks: Collection[NetworkName]) -> list[str]:
     """Of all files in a repository, those that loading these networks reads. This layout has a single precision."""
-    weights = [_UNET, *_SIZED_BY_TENSORS] if "unet" in networks else [*_SIZED_BY_TENSORS]
+    weights = [file for network, file in _FILES.items() if network in networks]
     missing = [name for name in weights if name not in names]
     if missing:
         raise CheckpointError(f"{missing[0]} is not in the repository; it is no whole ModelScope checkpoint")
@@ -29,20 +32,25 @@ def needed_files(names: Sequence[str], half: bool, networks: Collection[NetworkN
 
 
 def open_folder(folder: Path, name: str, half: bool, networks: Collection[NetworkName]) -> Checkpoint:
-    """The checkpoint in this folder, with readers of these networks. Raises CheckpointError."""
+    """The checkpoint in this folder, with readers of these networks. Raises CheckpointError.
+
+    The sizes of the autoencoder and of the text encoder are written nowhere but in the shapes of their tensors, and
+    those are gigabytes: of one that is not among the networks, the released model's are given.
+    """
     model = read_json(folder / MARKER, _Configuration).model
-    autoencoder = _find(folder, model.model_args.ckpt_autoencoder)
-    text = _find(folder, model.model_args.ckpt_clip)
-    # The sizes of these two are written nowhere but in the shapes of their tensors.
-    autoencoder_config = _autoencoder_config(read_tensors(autoencoder))
-    text_config = _text_encoder_config(read_tensors(text))
+    autoencoder_config, text_config = AutoencoderConfig(), TextEncoderConfig()
+    readers: dict[NetworkName, TensorReader] = {}
+    if "autoencoder" in networks:
+        autoencoder = _find(folder, model.model_args.ckpt_autoencoder)
+        autoencoder_config = _autoencoder_config(read_tensors(autoencoder))
+        readers["autoencoder"] = lambda: _rename(_first_stage(read_tensors(autoencoder)), _autoencoder_name)
+    if "text_encoder" in networks:
+        text = _find(folder, model.model_args.ckpt_clip)
+        text_config = _text_encoder_config(read_tensors(text))
+        readers["text_encoder"] = lambda: _text_tower(read_tensors(text), text_config.layers)
     cfg = model.model_cfg
     if not cfg.temporal_attention:
         raise CheckpointError(f"{name}: temporal_attention is off; only models with it are known here")
-    readers: dict[NetworkName, TensorReader] = {
-        "autoencoder": lambda: _rename(_first_stage(read_tensors(autoencoder)), _autoencoder_name),
-        "text_encoder": lambda: _text_tower(read_tensors(text), text_config.layers),
-    }
     if "unet" in networks:
         unet = _find(folder, model.model_args.ckpt_unet)
         readers["unet"] = lambda: _rename(read_tensors(unet), _unet_name)
@@ -59,7 +67,7 @@ def open_folder(folder: Path, name: str, half: bool, networks: Collection[Networ
             autoencoder=autoencoder_config,
             text_encoder=text_config,
         ),
-        {network: readers[network] for network in networks},
+        readers,
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.errors import CheckpointError
+from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.text_encoder import TextEncoder
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights.checkpoint import Checkpoint
@@ -31,7 +32,10 @@ class Quantisable(Protocol):
 
 
 def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> UNet3D:
-    """The denoiser, ready to run. Raises CheckpointError where a tensor is missing, unexpected or misshapen."""
+    """The denoiser, ready to run.
+
+    Raises CheckpointError where a tensor is missing, unexpected or misshapen, and OutOfMemory.
+    """
     with torch.device("meta"):
         unet = UNet3D(checkpoint.config.unet)
     return _load(unet, "unet", checkpoint.read("unet"), checkpoint.name, device, dtype, fp8=fp8)
@@ -51,6 +55,7 @@ def load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch
     return _load(text_encoder, "text_encoder", checkpoint.read("text_encoder"), checkpoint.name, device, dtype)
 
 
+@out_of_memory_explained("free memory there, use another device, or half precision")
 def _load(
     network: NetworkT,
     network_name: str,

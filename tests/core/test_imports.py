@@ -36,9 +36,9 @@ ALLOWED = {
     "video_input": {"errors", "truncation", "upright"},
     "media": {"errors"},
     "pictures": {"errors", "media", "video_input"},
-    "params": {"config", "errors", "media", "shapes", "video_input"},
+    "params": {"config", "errors", "media", "out_of_memory", "shapes", "video_input"},
     "video": {"media", "params"},
-    "weights": {"autoencoder", "config", "errors", "text_encoder", "unet3d"},
+    "weights": {"autoencoder", "config", "errors", "out_of_memory", "text_encoder", "unet3d"},
     "demo": {
         "autoencoder",
         "config",

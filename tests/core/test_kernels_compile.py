@@ -119,6 +119,27 @@ def test_the_decoder(compiled, tmp_path):
     check(compiled, GROUP_NORMS | {"_whole_groups", "_add", "_multiply_taps", "_add_taps", "_weigh"}, tmp_path)
 
 
+def test_a_gated_product_where_a_processor_has_less_memory(compiled, monkeypatch):
+    """As on a GeForce GPU of compute capability 12.0."""
+    from t2v_core.kernels import triton_geglu
+
+    monkeypatch.setattr(ops, "_runs_gluon", lambda x: False)
+    monkeypatch.setattr(triton_geglu, "shared_bytes", lambda device: 99 << 10)
+    smaller = SimpleNamespace(
+        get_current_target=lambda: compiler.GPUTarget("cuda", 120, 32),
+        get_current_device=lambda: 98,  # a kernel's target is that of the first call on a device
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", smaller)
+    for width in (320, 640):
+        with torch.device("meta"):
+            proj = nn.Linear(width, 8 * width).half()
+        ops.geglu(draw(2, 16, 32, 32, width), proj)
+    assert compiled.keys() == {"_geglu", "_geglu_that_stays"}
+    shared = {name: [kernel.metadata.shared >> 10 for kernel in variants] for name, variants in compiled.items()}
+    assert max(max(each) for each in shared.values()) <= 99, shared
+
+
 @pytest.mark.parametrize("has_noise", [False, True])
 def test_the_samplers_update(compiled, has_noise, tmp_path):
     latents, history = draw(2, 4, 16, 32, 32, dtype=torch.float32), draw(2, 2, 4, 16, 32, 32, dtype=torch.float32)

@@ -9,8 +9,10 @@ from t2v_core.config import SAMPLER_NAMES
 from t2v_core.denoising import denoise_step
 from t2v_core.errors import GenerationFailed, InvalidRequest, OutOfMemory, UnreadableVideo
 from t2v_core.guidance import condition
+from t2v_core.out_of_memory import out_of_memory_explained
 from t2v_core.pipeline import device_of, load
 from t2v_core.trajectory import Trajectory
+from t2v_core.weights import load_unet, open_checkpoint
 
 PROMPT = "A panda eating bamboo on a rock."
 
@@ -169,6 +171,16 @@ def test_an_input_video_may_be_a_video_or_its_frames(tiny_pipeline):
         tiny_pipeline.params(PROMPT, video=video.frames.float())
 
 
+@pytest.mark.parametrize(
+    ("fps", "seen"), [(None, [0, 1, 2, 3]), (8, [0, 1, 2, 3]), (4, [0, 2]), (12, [0, 0, 1, 2, 2, 3])]
+)
+def test_an_input_video_is_played_as_fast_as_before(tiny_pipeline, fps, seen):
+    made = tiny_pipeline.generate(PROMPT, num_frames=4, num_inference_steps=1, fps=8)
+    params = tiny_pipeline.params(PROMPT, video=made, fps=fps)
+    assert params.fps == (fps or 8)
+    assert torch.equal(params.video, made.frames[seen])
+
+
 def test_encoding_an_input_video_in_chunks_changes_nothing(tiny_pipeline, monkeypatch):
     frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)
     params = tiny_pipeline.params(PROMPT, video=frames, seed=3)
@@ -188,8 +200,39 @@ def test_a_request_that_memory_cannot_hold_is_told_what_to_change(tiny_pipeline,
         return torch.empty(2**60)
 
     monkeypatch.setattr(tiny_pipeline.unet, "forward", too_much)
-    with pytest.raises(OutOfMemory, match="use fewer frames, a smaller size, or half precision"):
+    what = f"tried to allocate {2**62} bytes: use fewer frames, a smaller size, or half precision"
+    with pytest.raises(OutOfMemory, match=what):
         tiny_pipeline.generate(PROMPT, num_inference_steps=1, num_frames=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 80 GiB"
+            ),
+            "CUDA out of memory, tried to allocate 20.00 MiB: use",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"), "CUDA error: out of memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), r"Triton Error \[CUDA\]: out of memory: use"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "ALLOCATION_FAILED: use"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "cublasCreate`: use"),
+    ],
+    ids=["torch", "driver", "Triton", "cuDNN", "cuBLAS"],
+)
+def test_whoever_finds_no_memory_it_is_told_as_that(error, told):
+    with pytest.raises(OutOfMemory, match=told), out_of_memory_explained():
+        raise error
+
+
+def test_weights_that_memory_cannot_hold_are_told_what_to_do(tiny_checkpoint, monkeypatch):
+    def too_much(*_, **__):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(torch.Tensor, "to", too_much)
+    with pytest.raises(OutOfMemory, match="free memory there, use another device, or half precision"):
+        load_unet(open_checkpoint(tiny_checkpoint), torch.device("cpu"), torch.float32)
 
 
 def test_a_text_that_is_too_long_is_named(tiny_pipeline):

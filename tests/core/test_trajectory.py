@@ -56,6 +56,8 @@ def without(file, name):
         lambda file: changed(file, latents=torch.zeros(4, 2, 3)),
         lambda file: changed(file, steps=torch.tensor([30, 31])),
         lambda file: changed(file, steps=torch.tensor([30])),
+        lambda file: changed(file, steps=torch.tensor([30.0, 12.0])),
+        lambda file: changed(file, latents=torch.zeros(4, 0, 3, 5), history=torch.zeros(2, 4, 0, 3, 5)),
         lambda file: changed(file, noise_state=torch.zeros(10, dtype=torch.uint8)),
         lambda file: changed(file, latents=torch.zeros(4, 2, 3, 5, dtype=torch.int64)),
     ],

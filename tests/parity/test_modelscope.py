@@ -12,6 +12,7 @@ from t2v_core.errors import CheckpointError
 from t2v_core.pipeline import load
 from t2v_core.text_encoder import Tokenizer
 from t2v_core.weights import convert, load_autoencoder, load_text_encoder, load_unet, open_checkpoint
+from t2v_core.weights.checkpoint import NETWORKS
 from t2v_core.weights.modelscope_layout import needed_files
 
 SIZES = modelscope_checkpoint.SMALL
@@ -91,18 +92,23 @@ def test_converted_to_the_diffusers_layout_it_is_the_same_model(folder, tmp_path
         assert all(torch.equal(ours[name], converted[name]) for name in ours)
 
 
-def test_the_unet_alone_can_be_left_out_for_the_sizes_of_the_others_are_in_their_tensors(folder, tmp_path):
-    unet = "text2video_pytorch_model.pth"
-    names = ["configuration.json", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"]
-    assert needed_files([*names, unet], False, ()) == names == needed_files(names, False, ["text_encoder"])
-    assert set(needed_files([*names, unet], False, ["unet"])) == {*names, unet}
+def test_only_the_files_of_the_networks_that_are_asked_for_are_needed(folder, tmp_path):
+    unet, text = "text2video_pytorch_model.pth", "open_clip_pytorch_model.bin"
+    names = ["configuration.json", unet, "VQGAN_autoencoder.pth", text]
+    assert needed_files(names, False, NETWORKS) == names
+    assert needed_files(names, False, ()) == ["configuration.json"]
+    assert needed_files(names, False, ["text_encoder"]) == ["configuration.json", text]
+    with pytest.raises(CheckpointError, match=f"{text} is not in the repository"):
+        needed_files(names[:-1], False, ["text_encoder"])
 
-    ignore = shutil.ignore_patterns(unet)
+    whole = open_checkpoint(folder)
+    ignore = shutil.ignore_patterns(unet, "VQGAN_autoencoder.pth")
     rest = shutil.copytree(folder.parent, tmp_path / "rest", ignore=ignore) / folder.name
     opened = open_checkpoint(rest, networks=["text_encoder"])
-    assert opened.config == open_checkpoint(folder).config
+    assert (opened.config.text_encoder, opened.config.unet) == (whole.config.text_encoder, whole.config.unet)
     assert opened.read("text_encoder")
+    assert open_checkpoint(rest, networks=()).config.defaults == whole.config.defaults
     with pytest.raises(CheckpointError, match="opened for text_encoder only; name unet"):
         opened.read("unet")
-    with pytest.raises(CheckpointError, match=f"{unet}: no such file"):
+    with pytest.raises(CheckpointError, match="VQGAN_autoencoder.pth: no such file"):
         open_checkpoint(rest)
