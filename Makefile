@@ -28,9 +28,9 @@ cluster: $(VENV)/.installed-test
 
 # The tests of the running service need the cores to themselves, and the full-size ones the memory.
 test: test-fast
-	$(BIN)/pytest -m service
-	$(BIN)/pytest -m "cluster and not slow"
-	$(BIN)/pytest -m full_size
+	$(BIN)/pytest tests/serve tests/cluster -m service
+	$(BIN)/pytest tests/cluster -m "cluster and not slow"
+	$(BIN)/pytest tests/parity -m full_size
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto -m "not full_size and not service and not cluster"

@@ -49,6 +49,15 @@ def test_the_options_named_exist():
         assert option in options
 
 
+def test_make_test_looks_for_tests_where_they_are():
+    commands = re.findall(r"^\t\$\(BIN\)/pytest (tests/.+) -m \"?(\w+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    looked_for = {mark: set(folders.split()) for folders, mark in commands}
+    assert looked_for.keys() == {"service", "cluster", "full_size"}
+    for mark, folders in looked_for.items():
+        files = [file for file in (ROOT / "tests").rglob("test_*.py") if f"pytest.mark.{mark}" in file.read_text()]
+        assert {f"tests/{file.relative_to(ROOT / 'tests').parts[0]}" for file in files} == folders
+
+
 def set_up(folder: Path, python_script: str) -> subprocess.CompletedProcess[str]:
     """`make` up to an environment, with a Python that is this script."""
     python = folder / "python3.x"

@@ -78,14 +78,21 @@ def test_a_cancelled_request_ends_long_before_its_steps(running, prepared):
 
 def test_a_request_taken_out_goes_on_in_another_engine(running, prepared, alone, tiny_pipeline_float64):
     thread, events = running
-    thread.add(Request("a", prepared(seed=4, num_inference_steps=200)))
+    settings = {"seed": 4, "num_inference_steps": 100}
+    thread.add(Request("a", prepared(**settings)))
     while not events.all[3:]:
         time.sleep(0.01)
     looked = thread.look("a").result(60)
     taken = thread.take("a").result(60)
-    assert 0 < looked.step_index <= taken.step_index < 200
+    assert 0 < looked.step_index <= taken.step_index < 100
     assert thread.take("a").result(60) is None
     assert thread.look("a").result(60) is None
+    others = Events()
+    there = EngineThread(Engine(tiny_pipeline_float64.unet, RowBudgets(unmeasured_rows=8)), others)
+    there.add(Request("a", dataclasses.replace(prepared(**settings), trajectory=taken)))
+    ending = others.ending_of("a")
+    there.close()
+    torch.testing.assert_close(ending.trajectory.latents, alone(**settings), rtol=1e-10, atol=1e-10)
 
 
 def test_an_id_is_refused_while_it_is_in_use_and_free_after(running, prepared):

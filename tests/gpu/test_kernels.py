@@ -42,6 +42,8 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str
 def test_group_norm(shape, groups, silu, over_frames, dtype):
     from t2v_core.kernels import triton_group_norm as fast
 
+    if IS_INTERPRETED and shape[-1] == 320 and not (silu and over_frames and dtype == torch.float16):
+        shape, groups = (*shape[:-1], 40), 4  # an eighth of the programs, which do the same
     x, delta = draw(*shape, dtype=dtype, mean=1.0), draw(*shape, dtype=dtype)
     norm = randomised(nn.GroupNorm(groups, shape[-1]), dtype)
     how = {"over_frames": over_frames, "silu": silu}

@@ -110,5 +110,5 @@ def test_only_the_files_of_the_networks_that_are_asked_for_are_needed(folder, tm
     assert open_checkpoint(rest, networks=()).config.defaults == whole.config.defaults
     with pytest.raises(CheckpointError, match="opened for text_encoder only; name unet"):
         opened.read("unet")
-    with pytest.raises(CheckpointError, match="VQGAN_autoencoder.pth: no such file"):
+    with pytest.raises(CheckpointError, match=r"VQGAN_autoencoder\.pth: no such file"):
         open_checkpoint(rest)

@@ -3,7 +3,6 @@
 import functools
 import io
 import json
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,9 +31,7 @@ async def call(function: Callable[..., Result], *arguments: Any, **named: Any) -
 async def test_create_and_poll_ends_with_the_video(service: Any) -> None:
     client = client_of(service)
     async with service.working():
-        began = time.monotonic()
         video = await call(client.videos.create_and_poll, prompt="a red circle", seconds="4", size="64x48")  # type: ignore[arg-type]
-    assert time.monotonic() - began < 5
     assert (video.status, video.progress, video.object) == ("completed", 100, "video")
     assert (video.model, video.seconds, video.size, video.prompt) == ("tiny", "4", "64x48", "a red circle")
     assert video.created_at <= video.completed_at < video.expires_at
