@@ -43,11 +43,20 @@ class _WithCore(TyperGroup):
 
 
 def _core() -> TyperGroup:
+    _let_threads_sleep()
     from t2v_core.cli import app
 
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     return group
+
+
+def _let_threads_sleep() -> None:
+    """Those of torch that wait: beside a busy core they would take another from those that work, for most of the time.
+
+    Before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 app = typer.Typer(
@@ -71,6 +80,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Of the HTTP API and the page.")] = 8000,
     model: Annotated[str | None, typer.Option(help="demo, a folder, or a Hugging Face id.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file for `serve deploy`, or the args of one.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Of the metrics for Prometheus; else some free one.")] = None,
     first_prompt: Annotated[
         str | None, typer.Option(help="Make a video of this through the API, once it is up.")
     ] = None,
@@ -90,7 +100,7 @@ def serve(
                 param="host",
             )
         _check_port(host, port)
-        _serve(console, app_config, host, port, first_prompt, first_output, once)
+        _serve(console, app_config, host, port, metrics_port, first_prompt, first_output, once)
 
 
 @app.command("webhook-secret")
@@ -116,12 +126,12 @@ def _serve(
     config: "AppConfig",
     host: str,
     port: int,
+    metrics_port: int | None,
     first_prompt: str | None,
     first_output: Path,
     once: bool,
 ) -> None:
-    # Threads of torch that wait must sleep: on few cores they would take them from those that work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _let_threads_sleep()
     import ray
     from ray import serve
 
@@ -138,6 +148,7 @@ def _serve(
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=False,
+            _metrics_export_port=metrics_port,
         )
         starting.check_fits(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
@@ -217,9 +228,8 @@ def _app_config(path: Path | None, model: str | None) -> "AppConfig":
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "config"
-        raise InvalidRequest(
-            f"config {path}: {name}: {first['msg']}; see cluster/serve/local.yaml", param=name
-        ) from error
+        what = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidRequest(f"config {path}: {name}: {what}; see cluster/serve/local.yaml", param=name) from error
 
 
 def _args_of(loaded: Any) -> Any:

@@ -102,6 +102,8 @@ def submit(
         else:
             # Path.exists raises for a name that is too long, and in a folder that is closed to us.
             source = Path(video) if os.path.exists(video) else video  # noqa: PTH110
+            if isinstance(source, str) and not source.startswith("video_"):
+                raise ApiError(f"video {video}: no such file, and no id of a video, which are like video_0123")
             made = client.edit(prompt, source, strength=strength, **settings)
         if not as_json:
             typer.echo(made.id)

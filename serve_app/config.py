@@ -158,7 +158,7 @@ class GeneratorConfig(Fixed):
     max_attempts: int = Field(default=3, ge=1)
     drain_s: float = Field(default=5.0, ge=0)
     outage_s: float = Field(default=120.0, ge=0)  # how long a finished video waits for a store of files that is away
-    expires_in_s: Seconds = 86_400.0
+    expires_in_s: Seconds = 86_400.0  # after its end, a job and its files are removed
     sweep_every_s: Seconds = 60.0
 
 

@@ -35,6 +35,7 @@ from t2v_core.config import SamplerName
 from t2v_core.denoising import Denoising
 from t2v_core.engine import (
     ROWS,
+    Admitted,
     Cancelled,
     Engine,
     EngineThread,
@@ -330,8 +331,8 @@ class Denoiser:
                 raise event.error
             elif isinstance(event, Cancelled):
                 raise live.superseded()
-            else:
-                began = now
+            elif isinstance(event, Admitted):  # told with the end of the first step, where none is launched ahead
+                began += event.queue_s - live.call.waited_s
 
     async def _saved(self, trajectory: Trajectory) -> bytes:
         return await asyncio.to_thread(self._health.watched, trajectory.to_bytes)

@@ -71,7 +71,7 @@ async function show(job) {
   shown = job.id;
   part("current").hidden = false;
   part("title").textContent = job.prompt;
-  part("facts").innerText = `${job.size}, ${job.num_frames} frames, ${job.num_inference_steps} steps, seed ${job.seed}`;
+  part("facts").innerText = `${job.size}, ${job.num_frames} frames, ${job.seconds} s, ${job.num_inference_steps} steps, seed ${job.seed}`;
   part("bar").removeAttribute("value");
   put(null);
   markCurrent();
@@ -134,7 +134,7 @@ async function play(job) {
     const [tag, properties] = blob.type.startsWith("image/") ? ["img", {}] : ["video", playing];
     put(element(tag, { src: url, ariaLabel: job.prompt, ...properties }), url);
     Object.assign(part("download"), { href: url, download: `${job.id}.${blob.type.split("/")[1]}`, hidden: false });
-    say("Done", `${job.seconds} s`);
+    say("Done");
   } catch (error) {
     if (shown === job.id) say(error.message);
   }

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,7 @@ from replica_context import unserved
 
 from serve_app import denoiser as module
 from serve_app import health
-from serve_app.calls import DenoiseCall, Denoised
+from serve_app.calls import DenoiseCall, Denoised, Progress
 from serve_app.config import DenoiserConfig
 from serve_app.denoiser import Denoiser
 from serve_app.errors import Unavailable
@@ -96,6 +97,18 @@ async def test_a_gpu_that_is_lost_while_nothing_is_done_is_noticed_by_the_next_c
         on_gpu.check_health()
     with pytest.raises(Unavailable, match="is replaced: try again"):
         await denoise(on_gpu, "b")
+
+
+async def test_what_is_left_is_reckoned_by_the_steps_that_are_done(on_cpu, tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
+    on_cpu._engine._unet.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    params = tiny_pipeline.params("a panda", num_inference_steps=5, num_frames=1, width=16, height=16)
+    call = DenoiseCall(id="a", fence=1, owners=(), params=params, waited_s=100.0)
+    events = [event async for event in on_cpu.denoise(call, tiny_pipeline.encode_prompt(params))]
+    told = [event for event in events if isinstance(event, Progress)]
+    assert [event.step for event in told] == [1, 2, 3, 4, 5]
+    assert all(event.eta_s >= (5 - event.step) * 0.05 for event in told)
+    assert told[0].eta_s < 100.0  # what it has waited before is no time of a step
 
 
 @pytest.mark.parametrize("where", ["step", "preparation"])
