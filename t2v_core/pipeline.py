@@ -57,9 +57,9 @@ class Pipeline:
 
         The input is another `Video`, a file, its bytes, or frames (f, h, w, 3). It is played as fast as before: files
         and their bytes are read at this request's frame rate, and a `Video` keeps its own unless another is given;
-        frames have none. Settings that are not given are the
-        checkpoint's own; see `Settings`. Raises InvalidRequest for what is not allowed, OutOfMemory, and
-        GenerationFailed where the numbers are no longer finite.
+        frames have none. Settings that are not given are the checkpoint's own; see `Settings`.
+        Raises InvalidRequest for what is not allowed, OutOfMemory, and GenerationFailed where the numbers are no
+        longer finite.
         """
         params = self.params(prompt, video=video, **settings)
         for trajectory in self.denoise(params):
