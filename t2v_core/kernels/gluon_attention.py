@@ -1,8 +1,14 @@
 """Attention of the pixels of a frame to each other.
 
-As FlashAttention-3 does it (Shah et al. 2024): groups of warps, with 64 queries each, share the keys and values that a
-single warp fetches. A group weighs one block of keys while its products with the block before are under way, and the
-groups' turns at the multipliers fall between each other's. For Hopper GPUs, half precision and heads of 64 channels.
+As in FlashAttention-3 (Shah et al. 2024), groups of warps with 64 queries each share the keys and values that a single
+warp fetches, and take turns at the multipliers, so that some weigh while another's products are under way.
+
+Otherwise than there, what is subtracted from a query's scores before they become powers of two is settled by the first
+block of keys, those nearest to it. The result is the same whatever it is, unless a power overflows; and to look for a
+larger one in each block, and to scale down the sums if there is, takes a fifth of the time. Where a score is larger than
+all of the first block by so much, a sum is no finite number. The program then does its queries again, and looks.
+
+For Hopper GPUs, half precision and heads of 64 channels.
 """
 
 import triton
@@ -22,11 +28,12 @@ from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_fre
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
 _KEYS, _STAGES = 128, 4
-# On an H200: 10.7 ms where cuDNN takes 11.8, of 48 frames of 9216 pixels and 5 heads; 1.5 as cuDNN, of 2304 and 10;
-# 0.95 where cuDNN takes 0.86, of 256 frames of 1024 and 5.
 _MIN_TOKENS = 2304
 _LOG2_E = 1.4426950408889634
-_REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH = gl.constexpr(160), gl.constexpr(24)  # a thread
+# Weights of the first block are 2^-8 at most, so that others may be 2^24 times as large. In half precision, smaller
+# ones have fewer digits from 2^-14 on, which adds nothing to the error of a sum.
+_HEADROOM = gl.constexpr(8.0)
+_REGISTERS = gl.constexpr(160)  # a thread that weighs; those that fetch have the others
 
 
 def fits(qkv: Tensor, heads: int) -> bool:
@@ -63,105 +70,190 @@ def _attend_over_pixels(queries, keys_values, out, tokens, scale, GROUPS: gl.con
     q = gl.allocate_shared_memory(out.dtype, [GROUPS, 1, QUERIES, C], queries.layout)
     k = gl.allocate_shared_memory(out.dtype, [STAGES, 1, KEYS, C], keys_values.layout)
     v = gl.allocate_shared_memory(out.dtype, [STAGES, 1, KEYS, C], keys_values.layout)
-    full = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1))
-    free = (barriers(STAGES, GROUPS), barriers(STAGES, GROUPS))
-    fetched = (q, k, v)
+    infinite = gl.allocate_shared_memory(gl.float32, [GROUPS, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    # Full, free, turns, and all have looked at their sums.
+    signals = (barriers(1, 1), barriers(STAGES, 2), barriers(STAGES, GROUPS), barriers(GROUPS, 1), barriers(1, GROUPS))
+    shared = (q, k, v, infinite)
     gl.warp_specialize(
         [
-            (_weigh, (0, out, tokens, scale, fetched, full, free)),
-            (_weigh, (1, out, tokens, scale, fetched, full, free)),
-            (_weigh, (2, out, tokens, scale, fetched, full, free)),
-            (_fetch_all, (queries, keys_values, tokens, fetched, full, free)),
+            (_fetch_all, (queries, keys_values, tokens, shared, signals)),
+            (_attend, (0, out, tokens, scale, shared, signals)),
+            (_attend, (1, out, tokens, scale, shared, signals)),
+            (_attend, (2, out, tokens, scale, shared, signals)),
         ],
-        [4, 4, 1],
-        [_REGISTERS_TO_MULTIPLY, _REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH],
+        [4, 4, 4],
+        [_REGISTERS, _REGISTERS, _REGISTERS],
     )
 
 
 @gluon.jit
-def _fetch_all(queries, keys_values, tokens, fetched, full, free):
-    """Blocks of keys from the last one on, which alone may have fewer than the others."""
-    q, k, v = fetched
-    q_full, k_full, v_full = full
-    k_free, v_free = free
+def _first_block(tokens, blocks, GROUPS: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr):
+    """The keys nearest to the program's queries; or the last ones, if there are fewer of them than in other blocks."""
+    nearest = min((2 * gl.program_id(0) + 1) * GROUPS * QUERIES // (2 * KEYS), blocks - 1)
+    return nearest if tokens % KEYS == 0 else blocks - 1
+
+
+@gluon.jit
+def _fetch_all(queries, keys_values, tokens, shared, signals):
+    q, k, v, infinite = shared
+    q_full, full, free, turns, looked = signals
     GROUPS: gl.constexpr = q.shape[0]
     QUERIES: gl.constexpr = q.shape[2]
-    STAGES: gl.constexpr = k.shape[0]
     KEYS: gl.constexpr = k.shape[2]
     C: gl.constexpr = k.shape[3]
-    image, head, heads = gl.program_id(2), gl.program_id(1), gl.num_programs(1)
+    image, head = gl.program_id(2), gl.program_id(1)
     mbarrier.expect(q_full.index(0), GROUPS * queries.block_type.nbytes)
     for group in gl.static_range(GROUPS):
         row = (gl.program_id(0) * GROUPS + group) * QUERIES
         fetch(queries, [image, row, head * C], q_full.index(0), q.index(group))
     blocks = (tokens + KEYS - 1) // KEYS
-    for i in range(blocks):
-        stage, phase, row = i % STAGES, i // STAGES & 1 ^ 1, (blocks - 1 - i) * KEYS
-        place = [image, row, (heads + head) * C]
-        fetch_once_free(keys_values, place, k_free.index(stage), phase, k_full.index(stage), k.index(stage))
-        place = [image, row, (2 * heads + head) * C]
-        fetch_once_free(keys_values, place, v_free.index(stage), phase, v_full.index(stage), v.index(stage))
+    first = _first_block(tokens, blocks, GROUPS, QUERIES, KEYS)
+    _fetch_blocks(0, first, blocks, keys_values, k, v, full, free)
+    mbarrier.wait(looked.index(0), 0)
+    if _any_of(infinite, gl.BlockedLayout([1], [32], [4], [0])):
+        _fetch_blocks(blocks + 1, first, blocks, keys_values, k, v, full, free)
 
 
 @gluon.jit
-def _weigh(group, out, tokens, scale, fetched, full, free):
-    """softmax(q k^T scale) v of a group's queries, in powers of two, by blocks of keys."""
-    q, k, v = fetched
-    q_full, k_full, v_full = full
-    k_free, v_free = free
-    GROUPS: gl.constexpr = q.shape[0]
+def _fetch_blocks(start, first, blocks, keys_values, k, v, full, free):
+    """The keys of each block with the values of the block before; the first values and the last keys, for nothing."""
+    STAGES: gl.constexpr = k.shape[0]
+    KEYS: gl.constexpr = k.shape[2]
+    C: gl.constexpr = k.shape[3]
+    image, head, heads = gl.program_id(2), gl.program_id(1), gl.num_programs(1)
+    for i in range(blocks + 1):
+        stage, phase = (start + i) % STAGES, (start + i) // STAGES & 1 ^ 1
+        place = [image, (first + i) % blocks * KEYS, (heads + head) * C]
+        fetch_once_free(keys_values, place, free.index(stage), phase, full.index(stage), k.index(stage))
+        place = [image, (first + blocks + i - 1) % blocks * KEYS, (2 * heads + head) * C]
+        fetch_once_free(keys_values, place, free.index(stage), phase, full.index(stage), v.index(stage))
+
+
+@gluon.jit
+def _attend(group, out, tokens, scale, shared, signals):
+    """softmax(q k^T scale) v of a group's queries."""
+    q, k, v, infinite = shared
+    q_full, full, free, turns, looked = signals
     QUERIES: gl.constexpr = q.shape[2]
+    KEYS: gl.constexpr = k.shape[2]
+    C: gl.constexpr = q.shape[3]
+    of_rows: gl.constexpr = gl.SliceLayout(1, sums_of(C))
+    ours = q.index(group).reshape([QUERIES, C])
+    mbarrier.wait(q_full.index(0), 0)
+    total, norm = _weigh(0, False, group, ours, tokens, scale, k, v, full, free, turns)
+    infinite.index(group).store(gl.max(gl.where(gl.abs(total) < float("inf"), 0.0, 1.0), 1))
+    mbarrier.arrive(looked.index(0))
+    mbarrier.wait(looked.index(0), 0)
+    if _any_of(infinite, of_rows):
+        start = (tokens + KEYS - 1) // KEYS + 1
+        total, norm = _weigh(start, True, group, ours, tokens, scale, k, v, full, free, turns)
+    total /= gl.expand_dims(norm, 1)
+    ours.store(total.to(out.dtype))  # in place of the queries, which are done with
+    fence_async_shared()
+    row = (gl.program_id(0) * q.shape[0] + group) * QUERIES
+    put(out, [gl.program_id(2), row, gl.program_id(1) * C], q.index(group))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, free, turns):
+    """The values' sum by their weights, powers of two, and the weights' sum.
+
+    LOOKS: for larger scores in each block. start: what has been fetched before.
+    """
+    GROUPS: gl.constexpr = turns.shape[0]
+    QUERIES: gl.constexpr = ours.shape[0]
     STAGES: gl.constexpr = k.shape[0]
     KEYS: gl.constexpr = k.shape[2]
     C: gl.constexpr = k.shape[3]
     of_keys: gl.constexpr = sums_of(KEYS)
     of_channels: gl.constexpr = sums_of(C)
     as_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_channels, k_width=2)
-    ours = q.index(group).reshape([QUERIES, C])
+    dtype: gl.constexpr = ours.dtype
     nothing = gl.zeros([QUERIES, KEYS], gl.float32, of_keys)
     total = gl.zeros([QUERIES, C], gl.float32, of_channels)
     blocks = (tokens + KEYS - 1) // KEYS
 
-    mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma(ours, _transposed(k.index(0)), nothing, use_acc=False, is_async=True)
+    stage = start % STAGES
+    mbarrier.wait(full.index(stage), start // STAGES & 1)
+    _take_turn(turns, group, start)
+    scores = warpgroup_mma(ours, _transposed(k.index(stage)), nothing, use_acc=False, is_async=True)
+    mbarrier.arrive(turns.index((group + 1) % GROUPS))
     scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_free.index(0))
-    key = (blocks - 1) * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, of_keys))
+    mbarrier.arrive(free.index(stage))
+    first = _first_block(tokens, blocks, GROUPS, QUERIES, KEYS)
+    key = first * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, of_keys))
     scores = gl.where(gl.expand_dims(key < tokens, 0), scores, float("-inf"))
-    largest = gl.max(scores, 1) * scale
-    weights = _exp2(scores * scale - gl.expand_dims(largest, 1))
-    norm = gl.sum(weights, 1)
-    factor = gl.convert_layout(weights.to(out.dtype), as_factor)
+    subtracted = gl.max(scores, 1) * scale
+    if not LOOKS:
+        subtracted += _HEADROOM
+    norm = _sums(nothing, LOOKS)
 
     for i in range(1, blocks):
-        stage, before = i % STAGES, (i - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), i // STAGES & 1)
+        weights, subtracted, norm, total = _next_weights(scores, scale, subtracted, norm, total, LOOKS)
+        factor = gl.convert_layout(weights.to(dtype), as_factor)
+        stage = (start + i) % STAGES
+        mbarrier.wait(full.index(stage), (start + i) // STAGES & 1)
+        _take_turn(turns, group, start + i)
         scores = warpgroup_mma(ours, _transposed(k.index(stage)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
-        total = warpgroup_mma(factor, v.index(before).reshape([KEYS, C]), total, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        mbarrier.arrive(k_free.index(stage))
-        larger = gl.maximum(largest, gl.max(scores, 1) * scale)
-        weights = _exp2(scores * scale - gl.expand_dims(larger, 1))
-        shrunk = _exp2(largest - larger)
-        norm = norm * shrunk + gl.sum(weights, 1)
-        largest = larger
-        total, factor = warpgroup_mma_wait(0, deps=[total, factor])
-        mbarrier.arrive(v_free.index(before))
-        factor = gl.convert_layout(weights.to(out.dtype), as_factor)
-        total *= gl.expand_dims(gl.convert_layout(shrunk, gl.SliceLayout(1, of_channels)), 1)
+        total = warpgroup_mma(factor, v.index(stage).reshape([KEYS, C]), total, is_async=True)
+        mbarrier.arrive(turns.index((group + 1) % GROUPS))
+        scores, total, factor = warpgroup_mma_wait(0, deps=[scores, total, factor])
+        mbarrier.arrive(free.index(stage))
 
-    last = (blocks - 1) % STAGES
-    mbarrier.wait(v_full.index(last), (blocks - 1) // STAGES & 1)
-    total = warpgroup_mma(factor, v.index(last).reshape([KEYS, C]), total, is_async=True)
+    weights, subtracted, norm, total = _next_weights(scores, scale, subtracted, norm, total, LOOKS)
+    factor = gl.convert_layout(weights.to(dtype), as_factor)
+    stage = (start + blocks) % STAGES
+    mbarrier.wait(full.index(stage), (start + blocks) // STAGES & 1)
+    _take_turn(turns, group, start + blocks)
+    total = warpgroup_mma(factor, v.index(stage).reshape([KEYS, C]), total, is_async=True)
+    mbarrier.arrive(turns.index((group + 1) % GROUPS))
     total, factor = warpgroup_mma_wait(0, deps=[total, factor])
-    total /= gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, of_channels)), 1)
-    ours.store(total.to(out.dtype))  # in place of the queries, which are done with
-    fence_async_shared()
-    row = (gl.program_id(0) * GROUPS + group) * QUERIES
-    put(out, [gl.program_id(2), row, gl.program_id(1) * C], q.index(group))
-    tma.store_wait(0)
+    mbarrier.arrive(free.index(stage))
+    if not LOOKS:
+        norm = gl.sum(norm, 1)
+    return total, gl.convert_layout(norm, gl.SliceLayout(1, of_channels))
+
+
+@gluon.jit
+def _next_weights(scores, scale, subtracted, norm, total, LOOKS: gl.constexpr):
+    """Of a block of keys; and the sums, less by what is subtracted more."""
+    if LOOKS:
+        larger = gl.maximum(subtracted, gl.max(scores, 1) * scale)
+        shrunk = _exp2(subtracted - larger)
+        norm *= shrunk
+        total *= gl.expand_dims(gl.convert_layout(shrunk, gl.SliceLayout(1, sums_of(total.shape[1]))), 1)
+        subtracted = larger
+    weights = _exp2(scores * scale - gl.expand_dims(subtracted, 1))
+    return weights, subtracted, norm + _sums(weights, LOOKS), total
+
+
+@gluon.jit
+def _take_turn(turns, group, n):
+    """Wait until the group before has asked for its products; the first one, until the last has for those before."""
+    phase = n & 1 ^ (1 if group == 0 else 0)
+    mbarrier.wait(turns.index(group), phase)  # for speed alone
+
+
+@gluon.jit
+def _sums(weights, WHOLE: gl.constexpr):
+    """Of rows; or in four parts, which are what each thread has of them."""
+    if WHOLE:
+        sums = gl.sum(weights, 1)
+    else:
+        of_thread = weights.reshape([weights.shape[0], weights.shape[1] // 8, 4, 2])
+        sums = gl.sum(gl.sum(of_thread, 3), 1)
+    return sums
+
+
+@gluon.jit
+def _any_of(marks, layout: gl.constexpr):
+    """Whether one of them is not zero. marks: (groups, queries)."""
+    GROUPS: gl.constexpr = marks.shape[0]
+    largest = marks.index(0).load(layout)
+    for group in gl.static_range(1, GROUPS):
+        largest = gl.maximum(largest, marks.index(group).load(layout))
+    return gl.max(largest, 0) > 0
 
 
 @gluon.jit

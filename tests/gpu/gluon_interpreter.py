@@ -247,6 +247,9 @@ class _Product:
     def __getattr__(self, name: str) -> Any:
         raise RaceError(f"{name} of a product that has not been waited for")
 
+    def __mul__(self, factor: Any) -> Any:
+        raise RaceError("multiplication of a product that has not been waited for")
+
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], *args: Any) -> Any:
         raise RaceError(f"{function.__name__} of a product that has not been waited for")
@@ -304,6 +307,7 @@ class _Language:
 
     expand_dims, sum, max = staticmethod(torch.unsqueeze), staticmethod(torch.sum), staticmethod(torch.amax)
     where, maximum, rsqrt = staticmethod(torch.where), staticmethod(torch.maximum), staticmethod(torch.rsqrt)
+    abs = staticmethod(torch.abs)
 
 
 def _init(barrier: _Barrier, count: int) -> None:

