@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, is_half, put, sums_of
+from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, is_half, put, sums_of
 
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
@@ -33,7 +33,7 @@ _LOG2_E = 1.4426950408889634
 # Weights of the first block are 2^-8 at most, so that others may be 2^24 times as large. In half precision, smaller
 # ones have fewer digits from 2^-14 on, which adds nothing to the error of a sum.
 _HEADROOM = gl.constexpr(8.0)
-_REGISTERS = gl.constexpr(160)  # a thread that weighs; those that fetch have the others
+_REGISTERS_TO_WEIGH, _REGISTERS_TO_FETCH = gl.constexpr(160), gl.constexpr(24)  # a thread
 
 
 def fits(qkv: Tensor, heads: int) -> bool:
@@ -72,17 +72,17 @@ def _attend_over_pixels(queries, keys_values, out, tokens, scale, GROUPS: gl.con
     v = gl.allocate_shared_memory(out.dtype, [STAGES, 1, KEYS, C], keys_values.layout)
     infinite = gl.allocate_shared_memory(gl.float32, [GROUPS, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     # Full, free, turns, and all have looked at their sums.
-    signals = (barriers(1, 1), barriers(STAGES, 2), barriers(STAGES, GROUPS), barriers(GROUPS, 1), barriers(1, GROUPS))
+    signals = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1), barriers(1, GROUPS))
     shared = (q, k, v, infinite)
     gl.warp_specialize(
         [
-            (_fetch_all, (queries, keys_values, tokens, shared, signals)),
             (_attend, (0, out, tokens, scale, shared, signals)),
             (_attend, (1, out, tokens, scale, shared, signals)),
             (_attend, (2, out, tokens, scale, shared, signals)),
+            (_fetch_all, (queries, keys_values, tokens, shared, signals)),
         ],
-        [4, 4, 4],
-        [_REGISTERS, _REGISTERS, _REGISTERS],
+        [4, 4, 1],
+        [_REGISTERS_TO_WEIGH, _REGISTERS_TO_WEIGH, _REGISTERS_TO_FETCH],
     )
 
 
@@ -110,7 +110,7 @@ def _fetch_all(queries, keys_values, tokens, shared, signals):
     first = _first_block(tokens, blocks, GROUPS, QUERIES, KEYS)
     _fetch_blocks(0, first, blocks, keys_values, k, v, full, free)
     mbarrier.wait(looked.index(0), 0)
-    if _any_of(infinite, gl.BlockedLayout([1], [32], [4], [0])):
+    if _any_of(infinite, gl.BlockedLayout([2], [32], [1], [0])):
         _fetch_blocks(blocks + 1, first, blocks, keys_values, k, v, full, free)
 
 
@@ -123,10 +123,11 @@ def _fetch_blocks(start, first, blocks, keys_values, k, v, full, free):
     image, head, heads = gl.program_id(2), gl.program_id(1), gl.num_programs(1)
     for i in range(blocks + 1):
         stage, phase = (start + i) % STAGES, (start + i) // STAGES & 1 ^ 1
-        place = [image, (first + i) % blocks * KEYS, (heads + head) * C]
-        fetch_once_free(keys_values, place, free.index(stage), phase, full.index(stage), k.index(stage))
-        place = [image, (first + blocks + i - 1) % blocks * KEYS, (2 * heads + head) * C]
-        fetch_once_free(keys_values, place, free.index(stage), phase, full.index(stage), v.index(stage))
+        mbarrier.wait(free.index(stage), phase)
+        mbarrier.expect(full.index(stage), 2 * keys_values.block_type.nbytes)
+        row, row_before = (first + i) % blocks * KEYS, (first + blocks + i - 1) % blocks * KEYS
+        fetch(keys_values, [image, row, (heads + head) * C], full.index(stage), k.index(stage))
+        fetch(keys_values, [image, row_before, (2 * heads + head) * C], full.index(stage), v.index(stage))
 
 
 @gluon.jit
@@ -169,7 +170,6 @@ def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, f
     of_keys: gl.constexpr = sums_of(KEYS)
     of_channels: gl.constexpr = sums_of(C)
     as_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_channels, k_width=2)
-    dtype: gl.constexpr = ours.dtype
     nothing = gl.zeros([QUERIES, KEYS], gl.float32, of_keys)
     total = gl.zeros([QUERIES, C], gl.float32, of_channels)
     blocks = (tokens + KEYS - 1) // KEYS
@@ -187,12 +187,13 @@ def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, f
     subtracted = gl.max(scores, 1) * scale
     if not LOOKS:
         subtracted += _HEADROOM
-    norm = _sums(nothing, LOOKS)
+    weights = _exp2(scores * scale - gl.expand_dims(subtracted, 1))
+    norm = _sums(weights, LOOKS)
+    packed = _packed(weights.to(ours.dtype))
 
     for i in range(1, blocks):
-        weights, subtracted, norm, total = _next_weights(scores, scale, subtracted, norm, total, LOOKS)
-        factor = gl.convert_layout(weights.to(dtype), as_factor)
         stage = (start + i) % STAGES
+        factor = gl.convert_layout(_unpacked(packed, ours), as_factor)
         mbarrier.wait(full.index(stage), (start + i) // STAGES & 1)
         _take_turn(turns, group, start + i)
         scores = warpgroup_mma(ours, _transposed(k.index(stage)), nothing, use_acc=False, is_async=True)
@@ -200,9 +201,10 @@ def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, f
         mbarrier.arrive(turns.index((group + 1) % GROUPS))
         scores, total, factor = warpgroup_mma_wait(0, deps=[scores, total, factor])
         mbarrier.arrive(free.index(stage))
+        weights, subtracted, norm, total = _next_weights(scores, scale, subtracted, norm, total, LOOKS)
+        packed = _packed(weights.to(ours.dtype))
 
-    weights, subtracted, norm, total = _next_weights(scores, scale, subtracted, norm, total, LOOKS)
-    factor = gl.convert_layout(weights.to(dtype), as_factor)
+    factor = gl.convert_layout(_unpacked(packed, ours), as_factor)
     stage = (start + blocks) % STAGES
     mbarrier.wait(full.index(stage), (start + blocks) // STAGES & 1)
     _take_turn(turns, group, start + blocks)
@@ -265,3 +267,20 @@ def _transposed(keys):
 def _exp2(x):
     """In one instruction."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _packed(halves):
+    """Two neighbours as one number: carried from one turn of a loop to the next by themselves, they cost instructions."""
+    even, odd = halves.reshape([halves.shape[0], halves.shape[1] // 2, 2]).split()
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _unpacked(packed, like):
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], dtype=(like.dtype, like.dtype), is_pure=True, pack=1
+    )
+    return gl.join(even, odd).reshape([packed.shape[0], 2 * packed.shape[1]])

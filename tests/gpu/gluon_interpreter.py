@@ -31,7 +31,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 _COMPILERS = {"num_warps", "enable_fp_fusion"}  # options that are not the kernel's
-_INSTRUCTIONS = {"ex2.approx.ftz.f32": torch.exp2, "tanh.approx.f32": torch.tanh}
+_INSTRUCTIONS = {
+    "ex2.approx.ftz.f32 $0, $1;": lambda dtype, x: torch.exp2(x),
+    "tanh.approx.f32 $0, $1;": lambda dtype, x: torch.tanh(x),
+    "mov.b32 $0, {$1, $2};": lambda dtype, low, high: torch.stack([low, high], -1).view(dtype).squeeze(-1),
+    "mov.b32 {$0, $1}, $2;": lambda dtypes, x: x.unsqueeze(-1).view(dtypes[0]).unbind(-1),
+}
 _DTYPES = {gl.float16: torch.float16, gl.bfloat16: torch.bfloat16, gl.float32: torch.float32, gl.int64: torch.int64}
 
 
@@ -267,7 +272,8 @@ def _argument(value: Any) -> Any:
 class _Language:
     """`gl` and `tl`: what is not here is Gluon's own, such as layouts, at which nobody looks."""
 
-    float16, bfloat16, float32, int64 = torch.float16, torch.bfloat16, torch.float32, torch.int64
+    float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
+    int32, int64 = torch.int32, torch.int64
     static_range = range
 
     def __getattr__(self, name: str) -> Any:
@@ -299,8 +305,13 @@ class _Language:
     def arange(self, start: int, end: int, layout: object) -> Tensor:
         return torch.arange(start, end).as_subclass(_Registers)
 
-    def inline_asm_elementwise(self, asm: str, constraints: str, args: list[Tensor], **options: object) -> Tensor:
-        return _INSTRUCTIONS[asm.split()[0]](*args)
+    def inline_asm_elementwise(
+        self, asm: str, constraints: str, args: list[Tensor], *, dtype: Any, **options: object
+    ) -> Any:
+        return _INSTRUCTIONS[asm](dtype, *args)
+
+    def join(self, low: Tensor, high: Tensor) -> Tensor:
+        return torch.stack([low, high], -1)
 
     def convert_layout(self, values: Tensor, layout: object) -> Tensor:
         return values
