@@ -16,7 +16,7 @@ from t2v_core.unet3d import NoisePredictor, TextKeysValues, UNet3D
 
 _WARM_UP_CALLS = 2
 _MAX_GRAPHS = 32
-_MAX_LATENTS = 16 * 16 * 32 * 32  # in all rows: what keeps a GPU busy for longer than launching takes
+_MAX_LATENTS = 2**19  # in all rows: 2 of 24 frames of 1024x576, or 32 of 16 frames of 256x256
 _MAX_PIXELS = 2**20
 
 Sizes = tuple[tuple[torch.Size, torch.dtype], ...]

@@ -19,6 +19,7 @@ from t2v_core import kernels
 from t2v_core.kernels import (
     add,
     add_group_norm,
+    conv_corners,
     conv_over_time,
     group_norm,
     group_norm_conv,
@@ -262,10 +263,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor | Quarters:
         b, _, h, w, _ = x.shape
-        frames = rearrange(x, "b f h w c -> (b f) c h w")
         if self.fused is None or size != (2 * h, 2 * w):
-            enlarged = F.interpolate(frames, size=size, mode="nearest")
+            enlarged = F.interpolate(rearrange(x, "b f h w c -> (b f) c h w"), size=size, mode="nearest")
             return conv_frames(rearrange(enlarged, "(b f) c h w -> b f h w c", b=b), self.conv)
-        corners = F.conv2d(frames, self.fused, padding=1)  # of all pixels: one more than pixels
         assert self.conv.bias is not None
-        return Quarters(rearrange(corners, "(b f) c h w -> b f h w c", b=b), self.conv.bias)
+        return Quarters(conv_corners(x, self.fused), self.conv.bias)

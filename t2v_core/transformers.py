@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from t2v_core.kernels import geglu, linear, linear_norm, spatial_attention, temporal_attention
+from t2v_core.kernels import geglu, linear, linear_norm, spatial_attention, temporal_attention, text_attention
 from t2v_core.kernels.fp8 import dtype_for, quantise, quantised
 from t2v_core.layers import Sum, summed_and_normed
 
@@ -82,10 +82,7 @@ class Attention(nn.Module):
 
     def to_text(self, queries: Tensor, text: KeysValues) -> Tensor:
         """Each pixel of each frame to the tokens of its text, which they share. queries: (b, f, h, w, c), same out."""
-        _, f, h, _, _ = queries.shape
-        queries = rearrange(queries, "b f h w (heads c) -> b heads (f h w) c", heads=self.heads)
-        attended = F.scaled_dot_product_attention(queries, *text)
-        return rearrange(attended, "b heads (f h w) c -> b f h w (heads c)", f=f, h=h)
+        return text_attention(queries, *text)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads)

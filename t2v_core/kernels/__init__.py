@@ -19,12 +19,15 @@ from t2v_core.kernels.ops import (
     single_head_attention,
     spatial_attention,
     temporal_attention,
+    text_attention,
     unfolds_over_time,
 )
+from t2v_core.kernels.plain import conv_corners
 
 __all__ = [
     "add",
     "add_group_norm",
+    "conv_corners",
     "conv_frames",
     "conv_over_time",
     "geglu",
@@ -38,5 +41,6 @@ __all__ = [
     "single_head_attention",
     "spatial_attention",
     "temporal_attention",
+    "text_attention",
     "unfolds_over_time",
 ]

@@ -5,8 +5,8 @@ warp fetches, and take turns at the multipliers, so that some weigh while anothe
 
 Otherwise than there, what is subtracted from a query's scores before they become powers of two is settled by the first
 block of keys, those nearest to it. The result is the same whatever it is, unless a power overflows; and to look for a
-larger one in each block, and to scale down the sums if there is, takes a fifth of the time. Where a score is larger than
-all of the first block by so much, a sum is no finite number. The program then does its queries again, and looks.
+larger score in each block, and to make the sums smaller where there is one, took a seventh of the time. Where scores
+are so much larger than those of the first block, a sum is infinite: then the program does its queries again, and looks.
 
 For Hopper GPUs, half precision and heads of 64 channels.
 """
@@ -28,10 +28,13 @@ from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, is_half, put, 
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
 _KEYS, _STAGES = 128, 4
-_MIN_TOKENS = 2304
+# On an H200: 9.2 ms where cuDNN takes 11.6, of 48 frames of 9216 pixels and 5 heads; 1.33 and 1.53 of 2304 and 10;
+# 0.25 and 0.28 of 576 and 20. But 0.88 where cuDNN takes 0.82, of 256 frames of 1024 and 5: a ninth of what programs
+# compute for those is for nothing.
+_MIN_TOKENS, _LEAST_FILLED = 576, 0.9
 _LOG2_E = 1.4426950408889634
-# Weights of the first block are 2^-8 at most, so that others may be 2^24 times as large. In half precision, smaller
-# ones have fewer digits from 2^-14 on, which adds nothing to the error of a sum.
+# The first block's weights are 2^-8 at most, so that others may be 2^24 times as large in half precision. Below 2^-14
+# they have fewer digits, of which sums tell nothing: their error is the same with 0 here, and grows from 10 on.
 _HEADROOM = gl.constexpr(8.0)
 _REGISTERS_TO_WEIGH, _REGISTERS_TO_FETCH = gl.constexpr(160), gl.constexpr(24)  # a thread
 
@@ -42,8 +45,10 @@ def fits(qkv: Tensor, heads: int) -> bool:
 
 
 def pays(qkv: Tensor, heads: int) -> bool:
-    """Whether it is faster than the library, too: where there are many pixels."""
-    return fits(qkv, heads) and qkv.shape[2] * qkv.shape[3] >= _MIN_TOKENS
+    """Whether it is faster than the library, too: where there are many pixels, which fill most programs."""
+    tokens = qkv.shape[2] * qkv.shape[3]
+    computed = triton.cdiv(tokens, _GROUPS * _QUERIES) * _GROUPS * _QUERIES
+    return fits(qkv, heads) and tokens >= max(_MIN_TOKENS, _LEAST_FILLED * computed)
 
 
 def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
@@ -71,14 +76,13 @@ def _attend_over_pixels(queries, keys_values, out, tokens, scale, GROUPS: gl.con
     k = gl.allocate_shared_memory(out.dtype, [STAGES, 1, KEYS, C], keys_values.layout)
     v = gl.allocate_shared_memory(out.dtype, [STAGES, 1, KEYS, C], keys_values.layout)
     infinite = gl.allocate_shared_memory(gl.float32, [GROUPS, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    # Full, free, turns, and all have looked at their sums.
-    signals = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1), barriers(1, GROUPS))
-    shared = (q, k, v, infinite)
+    q_full, full, free, turns = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1)
+    shared, signals = (q, k, v, infinite), (q_full, full, free, barriers(1, GROUPS))
     gl.warp_specialize(
         [
-            (_attend, (0, out, tokens, scale, shared, signals)),
-            (_attend, (1, out, tokens, scale, shared, signals)),
-            (_attend, (2, out, tokens, scale, shared, signals)),
+            (_attend, (0, out, tokens, scale, shared, signals, turns)),
+            (_attend, (1, out, tokens, scale, shared, signals, turns)),
+            (_attend, (2, out, tokens, scale, shared, signals, turns)),
             (_fetch_all, (queries, keys_values, tokens, shared, signals)),
         ],
         [4, 4, 1],
@@ -96,7 +100,7 @@ def _first_block(tokens, blocks, GROUPS: gl.constexpr, QUERIES: gl.constexpr, KE
 @gluon.jit
 def _fetch_all(queries, keys_values, tokens, shared, signals):
     q, k, v, infinite = shared
-    q_full, full, free, turns, looked = signals
+    q_full, full, free, looked = signals
     GROUPS: gl.constexpr = q.shape[0]
     QUERIES: gl.constexpr = q.shape[2]
     KEYS: gl.constexpr = k.shape[2]
@@ -131,10 +135,10 @@ def _fetch_blocks(start, first, blocks, keys_values, k, v, full, free):
 
 
 @gluon.jit
-def _attend(group, out, tokens, scale, shared, signals):
+def _attend(group, out, tokens, scale, shared, signals, turns):
     """softmax(q k^T scale) v of a group's queries."""
     q, k, v, infinite = shared
-    q_full, full, free, turns, looked = signals
+    q_full, full, free, looked = signals
     QUERIES: gl.constexpr = q.shape[2]
     KEYS: gl.constexpr = k.shape[2]
     C: gl.constexpr = q.shape[3]
@@ -271,7 +275,7 @@ def _exp2(x):
 
 @gluon.jit
 def _packed(halves):
-    """Two neighbours as one number: carried from one turn of a loop to the next by themselves, they cost instructions."""
+    """Neighbours in pairs, as one number each: half as many that a loop carries, and nothing to do for it."""
     even, odd = halves.reshape([halves.shape[0], halves.shape[1] // 2, 2]).split()
     return gl.inline_asm_elementwise(
         "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=gl.int32, is_pure=True, pack=1

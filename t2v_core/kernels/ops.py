@@ -313,6 +313,16 @@ def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
     return plain.spatial_attention(qkv, heads)
 
 
+def text_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As `plain.text_attention`, each number read once from where the projection left it."""
+    if _runs_triton(queries):
+        from t2v_core.kernels import triton_text_attention as fast
+
+        if fast.fits(queries, keys, values):
+            return fast.text_attention(queries, keys, values)
+    return plain.text_attention(queries, keys, values)
+
+
 def single_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `plain.single_head_attention`, by two products where the library has no fast kernels for such a head."""
     if _runs_triton(q):

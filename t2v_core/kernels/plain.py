@@ -116,10 +116,16 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     Both may be in fp8, the weight as `fp8.quantised` gives it. The result is of type `dtype`.
     """
-    frames = rearrange(x.to(dtype), "b f h w c -> (b f) c h w")
     weight = _weight(weight, dtype) if weight.dtype == FP8 else weight
-    out = F.conv2d(frames, weight, padding=weight.shape[-1] // 2)
-    return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
+    return _conv(x.to(dtype), weight, padding=weight.shape[-1] // 2)
+
+
+def conv_corners(x: Tensor, weight: Tensor) -> Tensor:
+    """A 2x2 convolution around every corner of the pixels of each frame, without a bias.
+
+    x: (b, f, h, w, c), weight: (c2, c, 2, 2) -> (b, f, h + 1, w + 1, c2).
+    """
+    return _conv(x, weight, padding=1)
 
 
 def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -187,6 +193,17 @@ def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
     return rearrange(attended, "(b f) heads (h w) d -> b f h w (heads d)", b=b, h=h)
 
 
+def text_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of each pixel of each frame to the tokens of its text.
+
+    queries: (b, f, h, w, heads d), keys and values: (b, heads, m, d) -> (b, f, h, w, heads d).
+    """
+    _, f, h, _, _ = queries.shape
+    queries = rearrange(queries, "b f h w (heads d) -> b heads (f h w) d", heads=keys.shape[1])
+    attended = F.scaled_dot_product_attention(queries, keys, values)
+    return rearrange(attended, "b heads (f h w) d -> b f h w (heads d)", f=f, h=h)
+
+
 def single_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of all tokens of a sequence to each other, by one head. Each (n, tokens, c) -> (n, tokens, c)."""
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -203,6 +220,29 @@ def sampler_update(
     if noise is not None:
         latents = latents + c * noise
     return latents, torch.stack([x0, newest], dim=1)
+
+
+def _conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Of every frame, in that of a GPU library's two ways for which it chooses better kernels."""
+    if x.is_cuda and _is_faster_in_3d(x, weight):
+        return _conv_in_3d(x, weight, padding)
+    out = F.conv2d(rearrange(x, "b f h w c -> (b f) c h w"), weight, padding=padding)
+    return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
+
+
+def _conv_in_3d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), weight.unsqueeze(2), padding=(0, padding, padding))
+    return rearrange(out, "b c f h w -> b f h w c").contiguous()
+
+
+def _is_faster_in_3d(x: Tensor, weight: Tensor) -> bool:
+    """Found on an H200, with torch 2.11: 0.63 instead of 1.53 ms for corners of 48 frames of 9x16 and 1280 channels,
+    1.35 instead of 1.49 for 256 of 16x16 and 640; 109 us instead of 204 for the pixels of 48 of 5x9 and 1280.
+    """
+    _, _, h, w, channels = x.shape
+    if weight.shape[-1] == 2:
+        return channels >= 640
+    return len(weight) >= 1280 and (h % 2 == 1 or w % 2 == 1)
 
 
 def _as(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from t2v_core import layers
 from t2v_core.autoencoder import Autoencoder
+from t2v_core.kernels import plain
 from t2v_core.unet3d import UNet3D
 from t2v_core.weights.networks import Fusible
 from t2v_core.weights.random_init import TINY, randomise
@@ -89,3 +90,9 @@ def test_the_kernels_in_tritons_interpreter():
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout
+
+
+@pytest.mark.parametrize(("side", "padding"), [(2, 1), (3, 1), (1, 0)])
+def test_a_convolution_of_frames_is_one_of_videos(side, padding):
+    x, weight = torch.randn(2, 3, 5, 9, 8).double(), torch.randn(16, 8, side, side).double()
+    assert_same(plain._conv_in_3d(x, weight, padding), plain._conv(x, weight, padding))

@@ -31,6 +31,7 @@ UNET = GROUP_NORMS | {
     "_normalise",
     "_geglu_that_stays",
     "_attend",
+    "_attend_to_text",
     "_add",
     "_join_quarters",
     "_multiply_taps",

@@ -120,7 +120,7 @@ def geglu():
 
 
 def spatial_attention():
-    qkv = halves(1, 1, 20, 20, 192)
+    qkv = halves(1, 1, 16, 24, 192)
     return "gluon_attention.spatial_attention", ops.spatial_attention(qkv, 1), plain.spatial_attention(qkv, 1)
 
 

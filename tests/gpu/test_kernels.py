@@ -251,6 +251,36 @@ def test_short_sequences_are_what_a_program_holds():
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
+    ("num_frames", "height", "width", "heads", "head_dim", "tokens"),
+    [(1, 1, 1, 1, 16, 1), (2, 5, 7, 3, 64, 77), (3, 16, 24, 2, 64, 77), (1, 20, 20, 1, 128, 128)],
+)
+@pytest.mark.parametrize("is_split", [True, False])
+def test_text_attention(num_frames, height, width, heads, head_dim, tokens, is_split, dtype):
+    from t2v_core.kernels import triton_text_attention as fast
+
+    queries = draw(2, num_frames, height, width, heads * head_dim, dtype=dtype)
+    if is_split:  # a view of a projection
+        keys, values = (draw(2, tokens, heads, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    else:
+        keys, values = (draw(2, heads, tokens, head_dim, dtype=dtype) for _ in range(2))
+    assert fast.fits(queries, keys, values)
+    exact = plain.text_attention(queries.double(), keys.double(), values.double())
+    assert_close(fast.text_attention(queries, keys, values), exact, dtype)
+
+
+def test_text_attention_is_for_texts_that_fit_into_a_program():
+    from t2v_core.kernels import triton_text_attention as fast
+
+    queries, keys = torch.empty(1, 1, 1, 1, 64).half(), torch.empty(1, 1, 77, 64).half()
+    assert fast.fits(queries, keys, keys)
+    assert not fast.fits(queries.float(), keys.float(), keys.float())
+    assert not fast.fits(queries, keys, keys.mT.contiguous().mT)
+    for size in ((129, 64), (77, 48)):
+        assert not fast.fits(queries, *2 * [torch.empty(1, 1, *size).half()])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
     ("images", "tokens", "most_scores"),
     [(3, 40, 2**25), (3, 40, 2 * 40 * 40), (2, 100, 30 * 100), (1, 33, 1)],
     ids=["all at once", "some images", "some queries", "one query"],
