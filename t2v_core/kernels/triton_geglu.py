@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels.fp8 import scale_of
+from t2v_core.kernels.triton_instructions import tanh
 
 _BLOCK_M = 128
 _BLOCK_K_BYTES = 128  # a row of the copy engine's boxes
@@ -131,18 +132,4 @@ def _gelu(x):
     """x Phi(x), where Phi(x) = (1 + tanh(x p(x^2))) / 2: a fit of p within 3.1e-6, that has no bend up to infinity."""
     u = x * x
     p = (((1.120348e-6 * u - 3.0602118e-5) * u - 1.2475871e-4) * u + 0.036468637) * u + 0.79782817
-    return x * (0.5 + 0.5 * _tanh(x * p))
-
-
-if triton.knobs.runtime.interpret:
-
-    @triton.jit
-    def _tanh(x):
-        return 1.0 - 2.0 / (1.0 + tl.exp2(2.8853901 * x))
-
-else:
-
-    @triton.jit
-    def _tanh(x):
-        """In one instruction, within 5e-4 of its value: less than half precision rounds off."""
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x * (0.5 + 0.5 * tanh(x * p))

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from t2v_core.kernels.triton_group_scales import SIZES, apply_scales, beside, load, scales_of
+from t2v_core.kernels.triton_instructions import silu
 
 _WHOLE_GROUP_VALUES = 16384  # that one program holds in registers
 # Fewer channels beside each other in memory are read too slowly by groups, but for those that are whole sectors of it:
@@ -169,7 +170,7 @@ def _whole_groups(
     beta = tl.load(bias + column, mask=in_group < GROUP_CHANNELS, other=0.0).to(tl.float32)
     y = centred * rstd * gamma + beta
     if SILU:
-        y = y * tl.sigmoid(y)
+        y = silu(y)
     y = y.to(out.dtype.element_ty)
     if TAPS == 1:
         tl.store(out + row.to(tl.int64) * channels + column, y, mask=mask)
@@ -222,5 +223,5 @@ def _groups_in_parts(
         values = load(source, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
         y = values * scale + shift_of_source
         if SILU:
-            y = y * tl.sigmoid(y)
+            y = silu(y)
         tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from t2v_core.kernels.triton_instructions import silu
 from t2v_core.kernels.triton_rows import load_quarter
 
 _BLOCKS_OF_CHUNKS = (8, 32, 128, 1024)
@@ -220,5 +221,5 @@ def _apply(
     shift = tl.load(scales + sample * 2 * channels + channels + column, mask=column < channels, other=0.0)
     y = values * scale + shift
     if SILU:
-        y = y * tl.sigmoid(y)
+        y = silu(y)
     tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from t2v_core.kernels.triton_group_scales import block_of_channels, scales_of
+from t2v_core.kernels.triton_instructions import silu
 
 _SIDE, _MOST_COLUMNS = 3, 128
 _BLOCK_P, _MOST_BLOCK_C = 64, 64  # pixels and channels at a time
@@ -70,7 +71,7 @@ def _multiply_taps(
         mask = (position < positions) & is_channel[None, :]
         values = tl.load(x + row * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         y = values * scale[None, :] + shift[None, :]
-        y = tl.where(is_channel[None, :], y * tl.sigmoid(y), 0.0).to(x.dtype.element_ty)
+        y = tl.where(is_channel[None, :], silu(y), 0.0).to(x.dtype.element_ty)
         mask = (column < columns) & is_channel[:, None]
         weight = tl.load(taps + column * channels + channel[:, None], mask=mask, other=0.0)
         total = tl.dot(y, weight, total, input_precision="ieee")

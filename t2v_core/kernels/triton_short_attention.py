@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2v_core.kernels.triton_instructions import exp2
+
 _ROWS = 64  # of a program's product
 _HEAD_DIMS = (16, 32, 64, 128)
+_LOG2_E = 1.4426950408889634
 
 
 def fits(qkv: Tensor, heads: int, tokens: int) -> bool:
@@ -41,7 +44,7 @@ def _attended(
     block_s = _ROWS // block_t
     grid = (triton.cdiv(sequences, block_s), heads, samples)
     _attend[grid](
-        qkv, out, tokens, sequences, token_stride, sequence_stride, inner, (inner // heads) ** -0.5,
+        qkv, out, tokens, sequences, token_stride, sequence_stride, inner, _LOG2_E / (inner // heads) ** 0.5,
         HEAD_DIM=inner // heads, BLOCK_T=block_t, BLOCK_S=block_s,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -66,12 +69,12 @@ def _attend(
     q = tl.load(where, mask=is_there[:, None], other=0.0)
     k = tl.load(where + inner, mask=is_there[:, None], other=0.0)
     v = tl.load(where + 2 * inner, mask=is_there[:, None], other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # of powers of two
     sees = (in_block[:, None] == in_block[None, :]) & (token[None, :] < tokens)
     scores = tl.where(sees, scores, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-    total = tl.sum(weights, 1)[:, None]
-    attended = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / total
+    weights = exp2(scores - tl.max(scores, 1)[:, None])
+    share = 1.0 / tl.sum(weights, 1)[:, None]
+    attended = tl.dot(weights.to(v.dtype), v, input_precision="ieee") * share
     tl.store(
         out + position[:, None] * inner + column[None, :], attended.to(out.dtype.element_ty), mask=is_there[:, None]
     )

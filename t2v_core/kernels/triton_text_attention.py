@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from t2v_core.kernels.gluon_hopper import is_half
+from t2v_core.kernels.triton_instructions import exp2
 
 _MOST_TOKENS = 128
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -55,7 +56,7 @@ def _attend_to_text(
         q = tl.load(queries + place, mask=is_row[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * scale
         scores = tl.where(is_token[None, :], scores, float("-inf"))
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        total = tl.sum(weights, 1)[:, None]
-        attended = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / total
+        weights = exp2(scores - tl.max(scores, 1)[:, None])
+        share = 1.0 / tl.sum(weights, 1)[:, None]
+        attended = tl.dot(weights.to(v.dtype), v, input_precision="ieee") * share
         tl.store(out + place, attended.to(out.dtype.element_ty), mask=is_row[:, None])

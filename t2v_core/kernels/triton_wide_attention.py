@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2v_core.kernels.triton_instructions import exp2
+
 _WIDE = 256  # channels; the library's fast kernels take no more
 _MOST_TOKENS = 16384  # whose weights a program holds in registers
 _MOST_SCORES = 2**25  # at a time: 128 MiB, and half of that for the weights
@@ -58,5 +60,6 @@ def _weigh(scores, weights, tokens, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * tokens
     token = tl.arange(0, BLOCK)
     score = tl.load(scores + row + token, mask=token < tokens, other=float("-inf")) * scale
-    weight = tl.exp2(score - tl.max(score, 0))
-    tl.store(weights + row + token, (weight / tl.sum(weight, 0)).to(weights.dtype.element_ty), mask=token < tokens)
+    weight = exp2(score - tl.max(score, 0))
+    share = 1.0 / tl.sum(weight, 0)
+    tl.store(weights + row + token, (weight * share).to(weights.dtype.element_ty), mask=token < tokens)

@@ -1,0 +1,43 @@
+"""Functions of float32 in as few instructions as a GPU has for them.
+
+Triton's own are also right for results that are denormal or out of a range, and take two to four times as many. In its
+interpreter, which knows no instructions, these are what they come near to.
+"""
+
+import triton
+import triton.language as tl
+
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def tanh(x):
+        return 1.0 - 2.0 / (1.0 + tl.exp2(2.8853901 * x))
+
+    @triton.jit
+    def exp2(x):
+        return tl.exp2(x)
+
+    @triton.jit
+    def silu(x):
+        return x * tl.sigmoid(x)
+
+else:
+
+    @triton.jit
+    def tanh(x):
+        """Within 5e-4 of its value: less than half precision rounds off."""
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def exp2(x):
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def silu(x):
+        """x sigmoid(x)."""
+        ones_more = 1.0 + exp2(-1.4426950 * x)
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [ones_more], dtype=tl.float32, is_pure=True, pack=1
+        )
