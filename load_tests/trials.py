@@ -26,16 +26,25 @@ def compile_at_once(compiled: Callable[..., object], choices: Iterable[tuple[Any
         list(pool.map(_tried, *zip(*((compiled, *choice) for choice in choices), strict=True)))
 
 
-def compare(title: str, timer: Timer, known: Mapping[str, Way], tried: Mapping[str, Way], flop: int) -> None:
+def compare(
+    title: str,
+    timer: Timer,
+    known: Mapping[str, Way],
+    tried: Mapping[str, Way],
+    *,
+    flop: int = 0,
+    moved_bytes: int = 0,
+) -> None:
     """Print what each takes, of those tried the quickest ones, and how far their results are from the first's.
 
-    One that does not fit into a processor is left out.
+    One that does not fit into a processor is left out. flop or moved_bytes: of a call.
     """
     reference = next(iter(known.values()))()
 
     def line(name: str, way: Way) -> tuple[float, str]:
         error, us = relative_error(way(), reference), timer.us(way)
-        return us, f"{us:8.1f} us {flop / us / 1e6:4.0f} TFLOP/s  {name}  {error:.1e}"
+        rate = f"{flop / us / 1e6:4.0f} TFLOP/s" if flop else f"{moved_bytes / us / 1e3:5.0f} GB/s"
+        return us, f"{us:8.1f} us {rate}  {name}  {error:.1e}"
 
     lines = [line(name, way)[1] for name, way in known.items()]
     found = []
