@@ -146,7 +146,8 @@ def _attend(group, out, tokens, scale, shared, signals, turns):
     ours = q.index(group).reshape([QUERIES, C])
     mbarrier.wait(q_full.index(0), 0)
     total, norm = _weigh(0, False, group, ours, tokens, scale, k, v, full, free, turns)
-    infinite.index(group).store(gl.max(gl.where(gl.abs(total) < float("inf"), 0.0, 1.0), 1))
+    is_infinite = gl.maximum(gl.max(_is_infinite(total), 1), _is_infinite(norm))
+    infinite.index(group).store(is_infinite)
     mbarrier.arrive(looked.index(0))
     mbarrier.wait(looked.index(0), 0)
     if _any_of(infinite, of_rows):
@@ -250,6 +251,12 @@ def _sums(weights, WHOLE: gl.constexpr):
         of_thread = weights.reshape([weights.shape[0], weights.shape[1] // 8, 4, 2])
         sums = gl.sum(gl.sum(of_thread, 3), 1)
     return sums
+
+
+@gluon.jit
+def _is_infinite(x):
+    """1 for what is no finite number, and else 0."""
+    return gl.where(gl.abs(x) < float("inf"), 0.0, 1.0)
 
 
 @gluon.jit

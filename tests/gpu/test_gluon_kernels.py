@@ -97,6 +97,17 @@ def test_spatial_attention_where_the_first_keys_do_not_tell_what_to_subtract(hei
     assert_close(actual, exact, dtype, 1.5 * TOLERANCES[dtype])
 
 
+@pytest.mark.usefixtures("runs_gluon")
+def test_spatial_attention_where_only_the_weights_sum_overflows():
+    """Those of two keys, in bfloat16, are not infinite, nor is what they make of small values."""
+    from t2v_core.kernels import gluon_attention as fast
+
+    qkv = torch.zeros(1, 1, 16, 24, 3 * 64, dtype=torch.bfloat16, device=DEVICE)
+    qkv[..., :64], qkv[..., 128:] = 1.0, 0.25
+    qkv[0, 0, 0, :2, 64:128] = 11.75  # scores of 135.6, of which 8 are subtracted
+    assert_close(fast.spatial_attention(qkv, 1), torch.full_like(qkv[..., :64], 0.25).double(), torch.bfloat16)
+
+
 def test_spatial_attention_is_for_many_pixels_and_heads_of_64_channels():
     from t2v_core.kernels import gluon_attention as fast
 
