@@ -365,19 +365,29 @@ def num_open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def test_streams_that_are_left_early_close_their_files(folder: Place) -> None:
+async def test_streams_that_are_left_early_close_their_files(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     store = folder.open()
     await store.put(VIDEO, b"0123456789", "video/mp4")
     await store.read(VIDEO)
+    chunks, held = store._files.chunks, []
+
+    def held_chunks(*args: Any) -> Any:
+        """What nobody holds would close its file by itself."""
+        held.append(chunks(*args))
+        return held[-1]
+
+    monkeypatch.setattr(store._files, "chunks", held_chunks)
     before = num_open_files()
     for _ in range(50):
         stream = store.stream(VIDEO, 0, 10, chunk=1)
         await anext(stream)
         await stream.aclose()
+    assert num_open_files() <= before
     for _ in range(50):
         with pytest.raises(asyncio.CancelledError):
             await cancelled_at_once(store)
     await asyncio.sleep(0.1)
+    assert len(held) == 100
     assert num_open_files() <= before + 1
 
 
