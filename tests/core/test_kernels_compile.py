@@ -3,6 +3,7 @@
 The networks are called without memory (on the meta device), and Triton is told that it has an H100.
 """
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -12,16 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2v_core import transformers
 from t2v_core.autoencoder import Autoencoder
 from t2v_core.config import ModelConfig
-from t2v_core.kernels import first_results, fp8, ops
+from t2v_core.kernels import ops
 from t2v_core.unet3d import UNet3D
-from t2v_core.weights.networks import fuse, quantise
+from t2v_core.weights.networks import quantise
 
 triton = pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
 compiler = pytest.importorskip("triton.backends.compiler")
-jit = pytest.importorskip("triton.runtime.jit")
+kernel_code = importlib.import_module("kernel_code")
 
 SHARED_BYTES = 227 << 10  # of a processor, that one program can have
 MOST_STACK_BYTES = 48  # a thread; twelve registers
@@ -40,37 +40,15 @@ UNET = GROUP_NORMS | {
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled():
     """Kernels by name, as they are called for."""
-    h100 = SimpleNamespace(
-        get_current_target=lambda: compiler.GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 99,  # no other's kernels are among its
-        get_current_stream=lambda device: 0,
-    )
-    kernels, run = {}, jit.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        kernels.setdefault(self.__name__, set()).add(kernel)
-        return kernel
-
-    monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-    for name in ("_runs_triton", "_has_copy_engine", "_runs_gluon"):
-        monkeypatch.setattr(ops, name, lambda x: x.dtype in ops._DTYPES)
-    monkeypatch.setattr(ops, "_scalar", lambda value, device: torch.empty((), device=device))
-    monkeypatch.setattr(first_results, "_is_captured", lambda: True)  # results have no values either
-    for module in (fp8, transformers):  # which look at the weights' values, and there are none
-        monkeypatch.setattr(module, "quantised", lambda weight: weight.to(fp8.FP8))
-    monkeypatch.setattr(triton.runtime.driver, "_active", h100)
-    with torch.inference_mode():
+    with kernel_code.compiled_for_h100() as kernels:
         yield kernels
 
 
 def prepared(network: type[nn.Module], config: object, *, in_fp8: bool = False) -> nn.Module:
     """As `weights.networks.prepare` does it on a GPU."""
-    with torch.device("meta"):
-        built = network(config).half().eval().requires_grad_(False)
-    fuse(built)
+    built = kernel_code.without_memory(network, config)
     if in_fp8:
         quantise(built)
     return built
