@@ -17,28 +17,23 @@ from torch import Tensor, nn
 from trials import compare, compile_at_once
 
 from t2v_core.kernels import triton_group_scales
-from t2v_core.kernels.triton_group_scales import _Summing, apply_scales, scales_of
+from t2v_core.kernels.triton_group_scales import _Applying, _Summing, apply_scales, scales_of
 
 _GPU = torch.device("cuda")
 _GROUPS = 32
-# Values of a tile with warps of a program, programs, and stages.
+# Values of a tile with warps of a program; programs and stages; tiles of a program with stages.
 _SUMMINGS = tuple(
     _Summing(values, warps, programs, 1024, stages)
     for (values, warps), programs, stages in itertools.product(
         ((1024, 1), (2048, 2), (4096, 2), (4096, 4), (8192, 4)), (528, 1056, 2112), (1, 2, 3, 4)
     )
 )
-_APPLIED = (
-    (1024, 1),
-    (1024, 2),
-    (2048, 1),
-    (2048, 2),
-    (2048, 4),
-    (4096, 1),
-    (4096, 2),
-    (4096, 4),
-    (8192, 2),
-    (8192, 4),
+_APPLYINGS = tuple(
+    _Applying(values, warps, tiles, stages)
+    for (values, warps), (tiles, stages) in itertools.product(
+        ((1024, 1), (1024, 2), (2048, 1), (2048, 2), (4096, 1), (4096, 2), (4096, 4), (8192, 4)),
+        ((1, 1), (2, 1), (4, 1), (4, 2), (8, 3)),
+    )
 )
 # Rows, frames, height, width and channels: 24 frames of 1024x576 at three resolutions, 8 videos of 256x256.
 _SHAPES = ((2, 24, 72, 128, 320), (2, 24, 36, 64, 640), (2, 24, 18, 32, 1280), (16, 16, 32, 32, 320))
@@ -47,7 +42,7 @@ _SHAPES = ((2, 24, 72, 128, 320), (2, 24, 36, 64, 640), (2, 24, 18, 32, 1280), (
 def main() -> None:
     timer = Timer(_GPU)
     compile_at_once(_compile_sums, [(summing,) for summing in _SUMMINGS])
-    compile_at_once(_compile_pass, [(applied,) for applied in _APPLIED])
+    compile_at_once(_compile_pass, [(applying,) for applying in _APPLYINGS])
     for shape, over_frames in itertools.product(_SHAPES, (True, False)):
         torch.manual_seed(0)
         x, delta, norm = _inputs(shape)
@@ -66,7 +61,7 @@ def main() -> None:
             f"pass over {name}",
             timer,
             {"today's": partial(_passed, None, x, scales, out)},
-            {str(applied): partial(_passed, applied, x, scales, out) for applied in _APPLIED},
+            {str(tuple(applying)): partial(_passed, applying, x, scales, out) for applying in _APPLYINGS},
             moved_bytes=2 * x.nbytes,
         )
 
@@ -84,10 +79,10 @@ def _compile_sums(summing: _Summing) -> None:
             _scales(summing, x, summand, norm, 2)
 
 
-def _compile_pass(applied: tuple[int, int]) -> None:
+def _compile_pass(applying: _Applying) -> None:
     for channels in (320, 640, 1280):
         x, _, norm = _inputs((2, 1, 64, 64, channels))
-        _passed(applied, x, _scales(None, x, None, norm, 2), torch.empty_like(x))
+        _passed(applying, x, _scales(None, x, None, norm, 2), torch.empty_like(x))
 
 
 def _scales(summing: _Summing | None, x: Tensor, delta: Tensor | None, norm: nn.GroupNorm, samples: int) -> Tensor:
@@ -101,13 +96,13 @@ def _scales(summing: _Summing | None, x: Tensor, delta: Tensor | None, norm: nn.
         return scales_of(x, total, norm, samples, delta=delta)
 
 
-def _passed(applied: tuple[int, int] | None, x: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    if applied is None:
+def _passed(applying: _Applying | None, x: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    if applying is None:
         apply_scales(x, None, scales, out, silu=True)
         return out
     with (
-        mock.patch.object(triton_group_scales, "_WIDE_APPLIED", applied),
-        mock.patch.object(triton_group_scales, "_NARROW_APPLIED", applied),
+        mock.patch.object(triton_group_scales, "_WIDE_APPLIED", applying),
+        mock.patch.object(triton_group_scales, "_NARROW_APPLIED", applying),
     ):
         apply_scales(x, None, scales, out, silu=True)
     return out

@@ -34,9 +34,20 @@ class _Summing(NamedTuple):
 _SUMMING_FEW = _Summing(values=1024, warps=1, programs=2112, most_chunks=128)
 _SUMMING_MANY = _Summing(values=2048, warps=2, programs=1056, most_chunks=1024)
 _FEW_VALUES = 2**24
-# Tiles that are applied, and their warps: where rows of a tile are 256 bytes or more, 19 us instead of 23 for 8 images
-# of 64x64 and 512 channels, but 102 instead of 82 for 256 of 32x32 and 320.
-_WIDE_APPLIED, _NARROW_APPLIED, _WIDE_BLOCK = (1024, 1), (4096, 4), 128
+
+
+class _Applying(NamedTuple):
+    """How the pass is shared out: tiles of so many values, warps of a program, and its tiles; stages as of sums."""
+
+    values: int
+    warps: int
+    tiles: int = 1
+    stages: int = 1
+
+
+# Where rows of a tile are 256 bytes or more, 19 us instead of 23 for 8 images of 64x64 and 512 channels, but 102
+# instead of 82 for 256 of 32x32 and 320.
+_WIDE_APPLIED, _NARROW_APPLIED, _WIDE_BLOCK = _Applying(1024, 1), _Applying(4096, 4), 128
 # For which one compiled kernel is as good as another. Of channels, it has to know that they are whole vectors.
 SIZES = ("positions", "pixels", "width", "chunk", "chunks", "offset_stride", "offset_share")
 
@@ -93,12 +104,12 @@ def apply_scales(x: Tensor, skip: Tensor | None, scales: Tensor, out: Tensor, *,
     x_channels, channels = x.shape[-1], out.shape[-1]
     positions = out.numel() // (len(scales) * channels)
     block_c = block_of_channels(x_channels, channels)
-    values, num_warps = _WIDE_APPLIED if block_c >= _WIDE_BLOCK else _NARROW_APPLIED
-    block_p = max(1, values // block_c)
-    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), len(scales))](
+    applying = _WIDE_APPLIED if block_c >= _WIDE_BLOCK else _NARROW_APPLIED
+    block_p = max(1, applying.values // block_c)
+    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p * applying.tiles), len(scales))](
         x, x if skip is None else skip, scales, out, positions, x_channels, channels,
         HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=num_warps, enable_fp_fusion=True,
+        TILES=applying.tiles, STAGES=applying.stages, num_warps=applying.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -213,17 +224,18 @@ def _scales(
 def _apply(
     x, second, scales, out, positions, x_channels, channels,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     num_c = tl.cdiv(channels, BLOCK_C)
     block, sample = tl.program_id(0), tl.program_id(1)
-    position = block // num_c * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     column = block % num_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = (position < positions) & (column < channels)
-    row = sample * positions + position
-    values = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, False)
     scale = tl.load(scales + sample * 2 * channels + column, mask=column < channels, other=0.0)
     shift = tl.load(scales + sample * 2 * channels + channels + column, mask=column < channels, other=0.0)
-    y = values * scale + shift
-    if SILU:
-        y = silu(y)
-    tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        position = (block // num_c * TILES + i) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+        mask = (position < positions) & (column < channels)
+        row = sample * positions + position
+        y = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, False) * scale + shift
+        if SILU:
+            y = silu(y)
+        tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)

@@ -37,7 +37,7 @@ else:
     @triton.jit
     def silu(x):
         """x sigmoid(x)."""
-        ones_more = 1.0 + exp2(-1.4426950 * x)
+        denominator = 1.0 + exp2(-1.4426950 * x)
         return x * tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [ones_more], dtype=tl.float32, is_pure=True, pack=1
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
         )
