@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, is_half, put, sums_of
+from t2v_core.kernels.triton_instructions import LOG2_E
 
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
@@ -32,7 +33,6 @@ _KEYS, _STAGES = 128, 4
 # 0.25 and 0.28 of 576 and 20. But 0.88 where cuDNN takes 0.82, of 256 frames of 1024 and 5: a ninth of what programs
 # compute for those is for nothing.
 _MIN_TOKENS, _LEAST_FILLED = 576, 0.9
-_LOG2_E = 1.4426950408889634
 # The first block's weights are 2^-8 at most, so that others may be 2^24 times as large in half precision. Below 2^-14
 # they have fewer digits, of which sums tell nothing: their error is the same with 0 here, and grows from 10 on.
 _HEADROOM = gl.constexpr(8.0)
@@ -61,7 +61,7 @@ def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
         boxes(frames, 1, _QUERIES, _HEAD_DIM),
         boxes(frames, 1, _KEYS, _HEAD_DIM),
         boxes(out_frames, 1, _QUERIES, _HEAD_DIM),
-        tokens, _LOG2_E / _HEAD_DIM**0.5,
+        tokens, LOG2_E / _HEAD_DIM**0.5,
         GROUPS=_GROUPS, STAGES=_STAGES, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

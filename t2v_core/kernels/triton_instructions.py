@@ -7,6 +7,8 @@ interpreter, which knows no instructions, these are what they come near to.
 import triton
 import triton.language as tl
 
+LOG2_E = 1.4426950408889634  # e^x is 2^(x log2 e)
+
 if triton.knobs.runtime.interpret:
 
     @triton.jit

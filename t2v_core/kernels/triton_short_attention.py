@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_core.kernels.triton_instructions import exp2
+from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
 _ROWS = 64  # of a program's product
 _HEAD_DIMS = (16, 32, 64, 128)
-_LOG2_E = 1.4426950408889634
 
 
 def fits(qkv: Tensor, heads: int, tokens: int) -> bool:
@@ -44,7 +43,7 @@ def _attended(
     block_s = _ROWS // block_t
     grid = (triton.cdiv(sequences, block_s), heads, samples)
     _attend[grid](
-        qkv, out, tokens, sequences, token_stride, sequence_stride, inner, _LOG2_E / (inner // heads) ** 0.5,
+        qkv, out, tokens, sequences, token_stride, sequence_stride, inner, LOG2_E / (inner // heads) ** 0.5,
         HEAD_DIM=inner // heads, BLOCK_T=block_t, BLOCK_S=block_s,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

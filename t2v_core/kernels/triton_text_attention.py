@@ -9,12 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from t2v_core.kernels.gluon_hopper import is_half
-from t2v_core.kernels.triton_instructions import exp2
+from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
 _MOST_TOKENS = 128
 _HEAD_DIMS = (16, 32, 64, 128)
 _ROWS, _BLOCKS = 64, 8  # of a product, and products of a program
-_LOG2_E = 1.4426950408889634
 
 
 def fits(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -31,7 +30,7 @@ def text_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     b, heads, tokens, head_dim = keys.shape
     rows = queries[0, ..., 0].numel()
     _attend_to_text[(triton.cdiv(rows, _ROWS * _BLOCKS), heads, b)](
-        queries, keys, values, out, rows, tokens, *keys.stride()[:3], _LOG2_E / head_dim**0.5,
+        queries, keys, values, out, rows, tokens, *keys.stride()[:3], LOG2_E / head_dim**0.5,
         HEADS=heads, HEAD_DIM=head_dim, TOKENS=triton.next_power_of_2(max(tokens, 16)), ROWS=_ROWS, BLOCKS=_BLOCKS,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

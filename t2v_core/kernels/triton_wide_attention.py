@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_core.kernels.triton_instructions import exp2
+from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
 _WIDE = 256  # channels; the library's fast kernels take no more
 _MOST_TOKENS = 16384  # whose weights a program holds in registers
 _MOST_SCORES = 2**25  # at a time: 128 MiB, and half of that for the weights
-_LOG2_E = 1.4426950408889634
 
 
 def pays(q: Tensor) -> bool:
@@ -49,7 +48,7 @@ def _softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     tokens = scores.shape[-1]
     weights = torch.empty_like(scores, dtype=dtype)
     _weigh[(scores.numel() // tokens,)](
-        scores, weights, tokens, scale * _LOG2_E,
+        scores, weights, tokens, scale * LOG2_E,
         BLOCK=triton.next_power_of_2(tokens), num_warps=4 if tokens <= 2048 else 8, enable_fp_fusion=True,
     )  # fmt: skip
     return weights
