@@ -9,11 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from t2v_core.kernels.gluon_hopper import is_half
+from t2v_core.kernels.triton_geglu import num_processors
 from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
 _MOST_TOKENS = 128
 _HEAD_DIMS = (16, 32, 64, 128)
-_ROWS, _BLOCKS = 64, 8  # of a product, and products of a program
+_ROWS = 64  # of a product
+_BLOCKS = (8, 4, 2, 1)  # of rows, that a program may have: as many as leave so many programs to each processor
+_PROGRAMS = 4
 
 
 def fits(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -29,9 +32,11 @@ def text_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     out = queries.new_empty(queries.shape)
     b, heads, tokens, head_dim = keys.shape
     rows = queries[0, ..., 0].numel()
-    _attend_to_text[(triton.cdiv(rows, _ROWS * _BLOCKS), heads, b)](
+    least = _PROGRAMS * num_processors(queries.device)
+    blocks = next((n for n in _BLOCKS if triton.cdiv(rows, _ROWS * n) * heads * b >= least), min(_BLOCKS))
+    _attend_to_text[(triton.cdiv(rows, _ROWS * blocks), heads, b)](
         queries, keys, values, out, rows, tokens, *keys.stride()[:3], LOG2_E / head_dim**0.5,
-        HEADS=heads, HEAD_DIM=head_dim, TOKENS=triton.next_power_of_2(max(tokens, 16)), ROWS=_ROWS, BLOCKS=_BLOCKS,
+        HEADS=heads, HEAD_DIM=head_dim, TOKENS=triton.next_power_of_2(max(tokens, 16)), ROWS=_ROWS, BLOCKS=blocks,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -254,10 +254,11 @@ def test_short_sequences_are_what_a_program_holds():
     ("num_frames", "height", "width", "heads", "head_dim", "tokens"),
     [(1, 1, 1, 1, 16, 1), (2, 5, 7, 3, 64, 77), (3, 16, 24, 2, 64, 77), (1, 20, 20, 1, 128, 128)],
 )
-@pytest.mark.parametrize("is_split", [True, False])
-def test_text_attention(num_frames, height, width, heads, head_dim, tokens, is_split, dtype):
+@pytest.mark.parametrize(("is_split", "processors"), [(True, 1), (False, 1), (True, 132)])
+def test_text_attention(num_frames, height, width, heads, head_dim, tokens, is_split, processors, dtype, monkeypatch):
     from t2v_core.kernels import triton_text_attention as fast
 
+    monkeypatch.setattr(fast, "num_processors", lambda device: processors)
     queries = draw(2, num_frames, height, width, heads * head_dim, dtype=dtype)
     if is_split:  # a view of a projection
         keys, values = (draw(2, tokens, heads, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
