@@ -63,7 +63,10 @@ def generate(
     format: Annotated[VideoFormat | None, typer.Option(help="If the output's name does not say it.")] = None,
     crf: Annotated[int | None, typer.Option(help="Quality of mp4 and webm: lower is better and larger.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
-    dtype: Annotated[DType | None, typer.Option(help="fp16 on a GPU and fp32 on a CPU, unless given.")] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="fp16 on a GPU and fp32 on a CPU, unless given: fp16 takes a CPU several times as long."),
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="fp8: faster on a Hopper GPU, not quite exact.")] = "exact",
     cached_steps: Annotated[
         int,
