@@ -4,11 +4,11 @@ The time goes into memory: each query is read once, and each result written once
 its library takes 283, for 48 frames of 9216 pixels, 5 heads and 77 tokens, and 140 instead of 172 for 256 of 1024.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_core.kernels.gluon_hopper import is_half
 from t2v_core.kernels.triton_geglu import num_processors
 from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
@@ -21,9 +21,10 @@ _PROGRAMS = 4
 
 def fits(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel is made for such heads, and for so many tokens as lie in memory."""
+    is_half = queries.dtype in (torch.float16, torch.bfloat16) and queries.dtype == keys.dtype == values.dtype
     is_in_place = keys.stride() == values.stride() and keys.stride(-1) == 1
     _, _, tokens, head_dim = keys.shape
-    return is_half(queries, keys, values) and is_in_place and tokens <= _MOST_TOKENS and head_dim in _HEAD_DIMS
+    return is_half and is_in_place and tokens <= _MOST_TOKENS and head_dim in _HEAD_DIMS
 
 
 def text_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ On a Hopper GPU, or in an interpreter of our own (gluon_interpreter.py) where th
 """
 
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import DEVICE, HALVES, TOLERANCES, assert_close, draw, randomised
 from torch import nn
 
+from t2v_core import kernels
 from t2v_core.kernels import ops, plain
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux alone")
@@ -231,6 +234,15 @@ def test_convolutions_have_small_tiles_where_large_ones_leave_processors_idle(si
 
     videos, weight = torch.empty(2, 16, side**2, channels), torch.empty(channels, channels, 3, 1, 1)
     assert 5 * fast._piece(videos, weight, 132) == columns
+
+
+def test_kernels_in_triton_do_without_gluon():
+    """Which may be another with the next Triton, or none."""
+    names = [path.stem for path in Path(kernels.__file__).parent.glob("triton_*.py")]
+    assert len(names) > 10
+    imports = "; ".join(f"import t2v_core.kernels.{name}" for name in names)
+    command = f"import sys; sys.modules['triton.experimental.gluon'] = None; {imports}"
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 
 def test_another_gluon_is_told_and_not_used(monkeypatch, caplog):
