@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, is_half, put, sums_of
-from t2v_core.kernels.triton_instructions import LOG2_E
+from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
 _HEAD_DIM = 64
 _QUERIES, _GROUPS = 64, 3  # of a group, and groups of a program
@@ -91,10 +91,14 @@ def _attend_over_pixels(queries, keys_values, out, tokens, scale, GROUPS: gl.con
 
 
 @gluon.jit
-def _first_block(tokens, blocks, GROUPS: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr):
-    """The keys nearest to the program's queries; or the last ones, if there are fewer of them than in other blocks."""
+def _blocks_of(tokens, GROUPS: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr):
+    """How many of keys there are, and which comes first: of the keys nearest to the program's queries, or the last one,
+    if it has fewer than the others.
+    """
+    blocks = (tokens + KEYS - 1) // KEYS
     nearest = min((2 * gl.program_id(0) + 1) * GROUPS * QUERIES // (2 * KEYS), blocks - 1)
-    return nearest if tokens % KEYS == 0 else blocks - 1
+    first = nearest if tokens % KEYS == 0 else blocks - 1
+    return blocks, first
 
 
 @gluon.jit
@@ -110,8 +114,7 @@ def _fetch_all(queries, keys_values, tokens, shared, signals):
     for group in gl.static_range(GROUPS):
         row = (gl.program_id(0) * GROUPS + group) * QUERIES
         fetch(queries, [image, row, head * C], q_full.index(0), q.index(group))
-    blocks = (tokens + KEYS - 1) // KEYS
-    first = _first_block(tokens, blocks, GROUPS, QUERIES, KEYS)
+    blocks, first = _blocks_of(tokens, GROUPS, QUERIES, KEYS)
     _fetch_blocks(0, first, blocks, keys_values, k, v, full, free)
     mbarrier.wait(looked.index(0), 0)
     if _any_of(infinite, gl.BlockedLayout([2], [32], [1], [0])):
@@ -145,14 +148,14 @@ def _attend(group, out, tokens, scale, shared, signals, turns):
     of_rows: gl.constexpr = gl.SliceLayout(1, sums_of(C))
     ours = q.index(group).reshape([QUERIES, C])
     mbarrier.wait(q_full.index(0), 0)
-    total, norm = _weigh(0, False, group, ours, tokens, scale, k, v, full, free, turns)
+    blocks, first = _blocks_of(tokens, q.shape[0], QUERIES, KEYS)
+    total, norm = _weigh(0, False, group, ours, tokens, blocks, first, scale, k, v, full, free, turns)
     is_infinite = gl.maximum(gl.max(_is_infinite(total), 1), _is_infinite(norm))
     infinite.index(group).store(is_infinite)
     mbarrier.arrive(looked.index(0))
     mbarrier.wait(looked.index(0), 0)
     if _any_of(infinite, of_rows):
-        start = (tokens + KEYS - 1) // KEYS + 1
-        total, norm = _weigh(start, True, group, ours, tokens, scale, k, v, full, free, turns)
+        total, norm = _weigh(blocks + 1, True, group, ours, tokens, blocks, first, scale, k, v, full, free, turns)
     total /= gl.expand_dims(norm, 1)
     ours.store(total.to(out.dtype))  # in place of the queries, which are done with
     fence_async_shared()
@@ -162,7 +165,7 @@ def _attend(group, out, tokens, scale, shared, signals, turns):
 
 
 @gluon.jit
-def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, free, turns):
+def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, blocks, first, scale, k, v, full, free, turns):
     """The values' sum by their weights, powers of two, and the weights' sum.
 
     LOOKS: for larger scores in each block. start: what has been fetched before.
@@ -177,7 +180,6 @@ def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, f
     as_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_channels, k_width=2)
     nothing = gl.zeros([QUERIES, KEYS], gl.float32, of_keys)
     total = gl.zeros([QUERIES, C], gl.float32, of_channels)
-    blocks = (tokens + KEYS - 1) // KEYS
 
     stage = start % STAGES
     mbarrier.wait(full.index(stage), start // STAGES & 1)
@@ -186,13 +188,12 @@ def _weigh(start, LOOKS: gl.constexpr, group, ours, tokens, scale, k, v, full, f
     mbarrier.arrive(turns.index((group + 1) % GROUPS))
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(free.index(stage))
-    first = _first_block(tokens, blocks, GROUPS, QUERIES, KEYS)
     key = first * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, of_keys))
     scores = gl.where(gl.expand_dims(key < tokens, 0), scores, float("-inf"))
     subtracted = gl.max(scores, 1) * scale
     if not LOOKS:
         subtracted += _HEADROOM
-    weights = _exp2(scores * scale - gl.expand_dims(subtracted, 1))
+    weights = exp2(scores * scale - gl.expand_dims(subtracted, 1))
     norm = _sums(weights, LOOKS)
     packed = _packed(weights.to(ours.dtype))
 
@@ -227,11 +228,11 @@ def _next_weights(scores, scale, subtracted, norm, total, LOOKS: gl.constexpr):
     """Of a block of keys; and the sums, less by what is subtracted more."""
     if LOOKS:
         larger = gl.maximum(subtracted, gl.max(scores, 1) * scale)
-        shrunk = _exp2(subtracted - larger)
+        shrunk = exp2(subtracted - larger)
         norm *= shrunk
         total *= gl.expand_dims(gl.convert_layout(shrunk, gl.SliceLayout(1, sums_of(total.shape[1]))), 1)
         subtracted = larger
-    weights = _exp2(scores * scale - gl.expand_dims(subtracted, 1))
+    weights = exp2(scores * scale - gl.expand_dims(subtracted, 1))
     return weights, subtracted, norm + _sums(weights, LOOKS), total
 
 
@@ -272,12 +273,6 @@ def _any_of(marks, layout: gl.constexpr):
 @gluon.jit
 def _transposed(keys):
     return keys.reshape([keys.shape[1], keys.shape[2]]).permute([1, 0])
-
-
-@gluon.jit
-def _exp2(x):
-    """In one instruction."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -138,8 +138,7 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
     if dtype is not None and weight.dtype == FP8:
         x, weight = x.to(dtype), _weight(weight, dtype)
     if x.is_cuda:  # whose library chooses better kernels for this than for the same in two dimensions
-        out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), weight, padding=(1, 0, 0))
-        return rearrange(out, "b c f h w -> b f h w c").contiguous()
+        return _conv_in_3d(x, weight, (1, 0, 0))
     out = F.conv2d(rearrange(x, "b f h w c -> b c f (h w)"), weight.squeeze(-1), padding=(1, 0))
     return rearrange(out, "b c f (h w) -> b f h w c", h=x.shape[2]).contiguous()
 
@@ -225,13 +224,13 @@ def sampler_update(
 def _conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     """Of every frame, in that of a GPU library's two ways for which it chooses better kernels."""
     if x.is_cuda and _is_faster_in_3d(x, weight):
-        return _conv_in_3d(x, weight, padding)
+        return _conv_in_3d(x, weight.unsqueeze(2), (0, padding, padding))
     out = F.conv2d(rearrange(x, "b f h w c -> (b f) c h w"), weight, padding=padding)
     return rearrange(out, "(b f) c h w -> b f h w c", b=len(x)).contiguous()
 
 
-def _conv_in_3d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), weight.unsqueeze(2), padding=(0, padding, padding))
+def _conv_in_3d(x: Tensor, weight: Tensor, padding: tuple[int, int, int]) -> Tensor:
+    out = F.conv3d(rearrange(x, "b f h w c -> b c f h w"), weight, padding=padding)
     return rearrange(out, "b c f h w -> b f h w c").contiguous()
 
 

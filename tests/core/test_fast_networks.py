@@ -95,4 +95,5 @@ def test_the_kernels_in_tritons_interpreter():
 @pytest.mark.parametrize(("side", "padding"), [(2, 1), (3, 1), (1, 0)])
 def test_a_convolution_of_frames_is_one_of_videos(side, padding):
     x, weight = torch.randn(2, 3, 5, 9, 8).double(), torch.randn(16, 8, side, side).double()
-    assert_same(plain._conv_in_3d(x, weight, padding), plain._conv(x, weight, padding))
+    in_3d = plain._conv_in_3d(x, weight.unsqueeze(2), (0, padding, padding))
+    assert_same(in_3d, plain._conv(x, weight, padding))
