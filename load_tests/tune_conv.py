@@ -4,7 +4,7 @@ r"""Convolutions of frames and over time in Gluon beside the library's: where `t
 
 For sizes of the released UNet, with 2, 4 and 16 rows of 16 frames of 256x256, and with 2 rows of 24 frames of 576x320
 and of 1024x576: microseconds and TFLOP/s of the library, of Triton's kernel over time, and of Gluon's with pieces of 64
-and 32 columns, and how far their results are from the library's. For a Hopper GPU.
+and of 32 columns and with both, and how far their results are from the library's. For a Hopper GPU.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from trials import Way
 
 from t2v_core.kernels import gluon_conv, plain, triton_conv
 
-_PIECES = (64, 32)
+_PIECES = ((64,), (32,), (64, 32))
 
 
 class Size(NamedTuple):
@@ -36,7 +36,8 @@ class Size(NamedTuple):
 
 
 _OVER_TIME = ((32, 32, 320, 320), (16, 16, 640, 640), (8, 8, 1280, 1280))
-_LARGE = ((40, 72, 320, 320), (20, 36, 640, 640), (72, 128, 320, 320), (36, 64, 640, 640), (18, 32, 1280, 1280))
+_OF_576 = ((40, 72, 320, 320), (20, 36, 640, 640), (10, 18, 1280, 1280), (5, 9, 1280, 1280))
+_LARGE = (*_OF_576, (72, 128, 320, 320), (36, 64, 640, 640), (18, 32, 1280, 1280))
 _OF_FRAMES = (
     *_OVER_TIME,
     *((32, 32, 640, 320), (32, 32, 960, 320), (16, 16, 320, 640), (16, 16, 960, 640), (16, 16, 1280, 640)),
@@ -52,14 +53,14 @@ def main() -> None:
             "library": partial(plain.conv_over_time, x, weight),
             "Triton": partial(triton_conv.conv_over_time, x, weight),
         }
-        for piece in _PIECES:
-            ways[f"Gluon, pieces of {piece}"] = partial(gluon_conv.conv_over_time, x, weight, piece=piece)
+        for pieces in _PIECES:
+            ways[f"Gluon, pieces of {pieces}"] = partial(gluon_conv.conv_over_time, x, weight, pieces=pieces)
         _compare(f"over time, {size}", timer, x, weight, ways)
     for size in _sizes(_OF_FRAMES):
         x, weight = _inputs(size, (3, 3))
         ways = {"library": partial(plain.conv_frames, x, weight, x.dtype)}
-        for piece in _PIECES:
-            ways[f"Gluon, pieces of {piece}"] = partial(gluon_conv.conv_frames, x, weight, piece=piece)
+        for pieces in _PIECES:
+            ways[f"Gluon, pieces of {pieces}"] = partial(gluon_conv.conv_frames, x, weight, pieces=pieces)
         _compare(f"of frames, {size}", timer, x, weight, ways)
 
 

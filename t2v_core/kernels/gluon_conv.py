@@ -8,6 +8,8 @@ registers, five pieces, for which it loads its rows from shared memory once. One
 For Hopper GPUs and half precision.
 """
 
+from typing import NamedTuple
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -40,9 +42,15 @@ _PIECES = gl.constexpr(5)
 _STAGES = {64: 4, 32: 8}  # of the weight, by the columns of a piece
 _ROW_STAGES = 2
 _RUNS_AHEAD = KEEPS_FACTORS  # with a tap's products while those of the one before are under way
-_WORTH_MORE_TILES = 0.85  # of the time that larger ones take
+_WORTH = {64: 1.0, 32: 0.85}  # of the rate that large tiles have
+# Or whole rounds of large tiles, and what would be left for the last one in small tiles: 401 and 388 us on an H200 for
+# 48 frames of 40x72 and 320 channels, 24 of whose 1080 large tiles are in the ninth round of 132 processors.
+_LAUNCHES = ((64,), (32,), (64, 32))  # by the columns of their pieces
+_LAUNCH_COLUMNS = 600  # of a piece, times steps: about as long as a launch
 _MOST_COMPUTED = 1.05  # of an image's pixels
-_LEAST_BUSY = 0.75  # of the processors
+# Of the processors, over all rounds. Of 24 frames of 10x18 and 1280 channels, 0.84 are, in two launches: 145 us over
+# time, and the library 136.
+_LEAST_BUSY = 0.85
 # Of frames in more rounds of tiles, and in several tiles beside each other, the library is as fast or up to a tenth
 # faster on an H200 (256 frames of 16x16 and 640 channels: 717 us against 762), which is hot by then.
 _MOST_ROUNDS = 4
@@ -59,27 +67,39 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether there are tiles for most processors, too, few pixels outside of images, and the library is no faster."""
     if not fits(x, weight):
         return False
-    images, processors, piece = _images(x, weight), num_processors(x.device), piece_for(x, weight)
+    images, processors = _images(x, weight), num_processors(x.device)
+    launches = _launches(images, weight, pieces_for(x, weight), processors)
     n, lines, pixels, _ = images.shape
-    tiles = _tiles(images, weight, piece)
-    is_faster = weight.dim() == 5 or tiles <= _MOST_ROUNDS * processors or len(weight) == _columns(piece)
+    is_faster = weight.dim() == 5 or launches[0].tiles <= _MOST_ROUNDS * processors or launches[0].parts == 1
     computed = _boxes(images) * _LINES * _PIXELS
-    return is_faster and tiles >= _LEAST_BUSY * processors and computed <= _MOST_COMPUTED * n * lines * pixels
+    is_full = computed <= _MOST_COMPUTED * n * lines * pixels
+    busy = sum(launch.tiles * launch.piece for launch in launches) / processors
+    there_are = sum(launch.rounds(processors) * launch.piece for launch in launches)
+    return is_faster and is_full and busy >= _LEAST_BUSY * there_are
 
 
-def piece_for(x: Tensor, weight: Tensor) -> int:
-    """How many columns a piece has, of which there are two kernels."""
-    return _piece(_images(x, weight), weight, num_processors(x.device))
+def pieces_for(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """How many columns a piece has in each launch, so that the last rounds of tiles leave few processors idle."""
+    images, processors = _images(x, weight), num_processors(x.device)
+    steps = weight.numel() // len(weight) // _CHANNELS
+
+    def time(pieces: tuple[int, ...]) -> float:
+        return sum(
+            _LAUNCH_COLUMNS + steps * launch.rounds(processors) * launch.piece / _WORTH[launch.piece]
+            for launch in _launches(images, weight, pieces, processors)
+        )
+
+    return min((pieces for pieces in _LAUNCHES if len(weight) % _columns(max(pieces)) == 0), key=time)
 
 
-def conv_over_time(x: Tensor, weight: Tensor, piece: int | None = None) -> Tensor:
-    """See `plain.conv_over_time`. Of x's type; with so many columns a piece, or as many as seem best."""
-    return _conv(_images(x, weight), weight, piece).unflatten(2, x.shape[2:4])
+def conv_over_time(x: Tensor, weight: Tensor, pieces: tuple[int, ...] | None = None) -> Tensor:
+    """See `plain.conv_over_time`. Of x's type; `pieces` as of `pieces_for`, if not those."""
+    return _conv(_images(x, weight), weight, pieces or pieces_for(x, weight)).unflatten(2, x.shape[2:4])
 
 
-def conv_frames(x: Tensor, weight: Tensor, piece: int | None = None) -> Tensor:
-    """See `plain.conv_frames`. Of x's type; with so many columns a piece, or as many as seem best."""
-    return _conv(_images(x, weight), weight, piece).unflatten(0, x.shape[:2])
+def conv_frames(x: Tensor, weight: Tensor, pieces: tuple[int, ...] | None = None) -> Tensor:
+    """See `plain.conv_frames`. Of x's type; `pieces` as of `pieces_for`, if not those."""
+    return _conv(_images(x, weight), weight, pieces or pieces_for(x, weight)).unflatten(0, x.shape[:2])
 
 
 def _images(x: Tensor, weight: Tensor) -> Tensor:
@@ -87,36 +107,50 @@ def _images(x: Tensor, weight: Tensor) -> Tensor:
     return x.flatten(0, 1) if weight.dim() == 4 else x.flatten(2, 3)
 
 
-def _conv(x: Tensor, weight: Tensor, piece: int | None) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, pieces: tuple[int, ...]) -> Tensor:
     """x: (n, lines, pixels, c), weight: (c2, c, 3, 3) or (c2, c, 3, 1, 1) -> (n, lines, pixels, c2)."""
     n, lines, pixels, channels = x.shape
     processors = num_processors(x.device)
-    if piece is None:
-        piece = _piece(x, weight, processors)
     out = x.new_empty(n, lines, pixels, len(weight))
     shifts = weight.shape[3]
     taps = weight.movedim(1, -1).reshape(len(weight), 3 * shifts * channels)  # as they lie in memory
-    tiles = _tiles(x, weight, piece)
-    _conv_tiles[(min(tiles, processors),)](
-        boxes(x.contiguous(), 1, 2, _PIXELS, _CHANNELS),
-        boxes(taps, piece, _CHANNELS),
-        boxes(out, 1, _LINES, _PIXELS, piece),
-        tiles, len(weight) // _columns(piece), triton.cdiv(lines, _LINES), triton.cdiv(pixels, _PIXELS),
-        shifts * channels // _CHANNELS,
-        SHIFTS=shifts, ROW_STAGES=_ROW_STAGES, STAGES=_STAGES[piece], RUNS_AHEAD=_RUNS_AHEAD,
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    rows = boxes(x.contiguous(), 1, 2, _PIXELS, _CHANNELS)
+    for piece, parts, first, tiles in _launches(x, weight, pieces, processors):
+        _conv_tiles[(min(tiles, processors),)](
+            rows, boxes(taps, piece, _CHANNELS), boxes(out, 1, _LINES, _PIXELS, piece),
+            first, first + tiles, parts, triton.cdiv(lines, _LINES), triton.cdiv(pixels, _PIXELS),
+            shifts * channels // _CHANNELS,
+            SHIFTS=shifts, ROW_STAGES=_ROW_STAGES, STAGES=_STAGES[piece], RUNS_AHEAD=_RUNS_AHEAD,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 
-def _piece(x: Tensor, weight: Tensor, processors: int) -> int:
-    """Of whose tiles the last round leaves the fewest processors idle: small ones only where that is worth it."""
+class _Launch(NamedTuple):
+    """Tiles from a first one on, of a pair of boxes with one of so many parts of the columns."""
 
-    def time(piece: int) -> float:
-        rounds = triton.cdiv(_tiles(x, weight, piece), processors)
-        return rounds * piece * (1.0 if piece == max(_STAGES) else 1 / _WORTH_MORE_TILES)
+    piece: int  # columns
+    parts: int
+    first: int
+    tiles: int
 
-    return min((piece for piece in _STAGES if len(weight) % _columns(piece) == 0), key=time)
+    def rounds(self, processors: int) -> int:
+        return int(triton.cdiv(self.tiles, processors))
+
+
+def _launches(x: Tensor, weight: Tensor, pieces: tuple[int, ...], processors: int) -> list[_Launch]:
+    """One for each size of pieces: all but the last have as many pairs of boxes as make whole rounds of their tiles."""
+    launches: list[_Launch] = []
+    done, pairs = 0, triton.cdiv(_boxes(x), 2)
+    for piece in pieces:
+        parts = len(weight) // _columns(piece)
+        rest = pairs - done
+        if piece != pieces[-1]:
+            rest = rest * parts // processors * processors // parts
+        if rest > 0:
+            launches.append(_Launch(piece, parts, done * parts, rest * parts))
+        done += rest
+    return launches
 
 
 def _columns(piece: int) -> int:
@@ -124,21 +158,20 @@ def _columns(piece: int) -> int:
     return int(_PIECES.value * piece)
 
 
-def _tiles(x: Tensor, weight: Tensor, piece: int) -> int:
-    return triton.cdiv(_boxes(x), 2) * (len(weight) // _columns(piece))
-
-
 def _boxes(x: Tensor) -> int:
     n, lines, pixels, _ = x.shape
     return n * triton.cdiv(lines, _LINES) * triton.cdiv(pixels, _PIXELS)
 
 
-@gluon.jit(do_not_specialize=("tiles", "parts", "boxes_l", "boxes_p", "steps"))
+@gluon.jit(do_not_specialize=("start", "end", "parts", "boxes_l", "boxes_p", "steps"))
 def _conv_tiles(
-    x, weight, out, tiles, parts, boxes_l, boxes_p, steps,
+    x, weight, out, start, end, parts, boxes_l, boxes_p, steps,
     SHIFTS: gl.constexpr, ROW_STAGES: gl.constexpr, STAGES: gl.constexpr, RUNS_AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """A tile is a box of lines and pixels for each of two groups, with one of so many parts of the columns."""
+    """A tile is a box of lines and pixels for each of two groups, with one of so many parts of the columns.
+
+    Of all tiles, those from `start` to `end` are computed.
+    """
     PIXELS: gl.constexpr = x.block_type.shape[2]
     CHANNELS: gl.constexpr = x.block_type.shape[3]
     PIECE: gl.constexpr = weight.block_type.shape[0]
@@ -147,7 +180,7 @@ def _conv_tiles(
     stages = gl.allocate_shared_memory(weight.dtype, [STAGES * _PIECES, PIECE, CHANNELS], weight.layout)
     of_rows = (barriers(ROW_STAGES, 1), barriers(ROW_STAGES, 2))
     of_weight = (barriers(STAGES, 1), barriers(STAGES, 2))
-    cut, of_boxes = (tiles, parts, steps), (boxes_l, boxes_p)
+    cut, of_boxes = (start, end, parts, steps), (boxes_l, boxes_p)
     gl.warp_specialize(
         [
             (_one_group, (0, out, rows, of_rows, stages, of_weight, cut, of_boxes, RUNS_AHEAD)),
@@ -170,12 +203,12 @@ def _place(box, of_boxes, LINES: gl.constexpr, PIXELS: gl.constexpr):
 @gluon.jit
 def _fetch_rows(x, rows, of_rows, cut, of_boxes, SHIFTS: gl.constexpr):
     full, free = of_rows
-    tiles, parts, steps = cut
+    start, end, parts, steps = cut
     STAGES: gl.constexpr = full.shape[0]
     PIXELS: gl.constexpr = x.block_type.shape[2]
     CHANNELS: gl.constexpr = x.block_type.shape[3]
     done = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(start + gl.program_id(0), end, gl.num_programs(0)):
         first = tile // parts * 2
         places = (_place(first, of_boxes, 8, PIXELS), _place(first + 1, of_boxes, 8, PIXELS))
         for step in range(steps):
@@ -194,12 +227,12 @@ def _fetch_rows(x, rows, of_rows, cut, of_boxes, SHIFTS: gl.constexpr):
 @gluon.jit
 def _fetch_weight(weight, stages, of_weight, cut, SHIFTS: gl.constexpr):
     full, free = of_weight
-    tiles, parts, steps = cut
+    start, end, parts, steps = cut
     STAGES: gl.constexpr = full.shape[0]
     PIECE: gl.constexpr = weight.block_type.shape[0]
     CHANNELS: gl.constexpr = weight.block_type.shape[1]
     done = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(start + gl.program_id(0), end, gl.num_programs(0)):
         for i in range(3 * steps):
             stage = done % STAGES
             mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
@@ -214,12 +247,12 @@ def _fetch_weight(weight, stages, of_weight, cut, SHIFTS: gl.constexpr):
 
 @gluon.jit
 def _one_group(group, out, rows, of_rows, stages, of_weight, cut, of_boxes, RUNS_AHEAD: gl.constexpr):
-    tiles, parts, steps = cut
+    start, end, parts, steps = cut
     full, free = of_rows
     STAGES: gl.constexpr = full.shape[0]
     PIECE: gl.constexpr = out.block_type.shape[3]
     done = 0  # steps
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(start + gl.program_id(0), end, gl.num_programs(0)):
         sums = _nothing(PIECE)
         for step in range(steps):
             stage = done % STAGES

@@ -199,10 +199,10 @@ def conv_frames(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         from t2v_core.kernels import gluon_conv as faster
 
         if faster.pays(x, weight):
-            piece = faster.piece_for(x, weight)
+            pieces = faster.pieces_for(x, weight)
             result = _first_results.call(
-                ("conv_frames", x.device, x.dtype, piece),
-                lambda: faster.conv_frames(x, weight, piece),
+                ("conv_frames", x.device, x.dtype, pieces),
+                lambda: faster.conv_frames(x, weight, pieces),
                 lambda result: [(ends_of_frames(result), plain.conv_frames(ends_of_frames(x), weight, dtype))],
             )
             if result is not None:
@@ -235,10 +235,10 @@ def conv_over_time(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
         from t2v_core.kernels import gluon_conv as faster
 
         if faster.pays(x, weight):
-            piece = faster.piece_for(x, weight)
+            pieces = faster.pieces_for(x, weight)
             result = _first_results.call(
-                ("conv_over_time", x.device, x.dtype, piece),
-                lambda: faster.conv_over_time(x, weight, piece),
+                ("conv_over_time", x.device, x.dtype, pieces),
+                lambda: faster.conv_over_time(x, weight, pieces),
                 lambda result: [(ends_of_pixels(result), plain.conv_over_time(ends_of_pixels(x), weight))],
             )
             if result is not None:

@@ -155,6 +155,9 @@ def _whole_groups(
     mask = (position < positions) & (in_group < GROUP_CHANNELS)
     row = sample * positions + position
     values = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
+    # These are asked for before the first sum, behind which nothing would be.
+    gamma = tl.load(weight + column, mask=in_group < GROUP_CHANNELS, other=0.0).to(tl.float32)
+    beta = tl.load(bias + column, mask=in_group < GROUP_CHANNELS, other=0.0).to(tl.float32)
     if HAS_OFFSET:
         added = tl.load(
             offset + (sample // offset_share) * offset_stride + column, mask=in_group < GROUP_CHANNELS, other=0.0
@@ -166,8 +169,6 @@ def _whole_groups(
     mean = tl.sum(tl.where(mask, values, 0.0)) / count
     centred = tl.where(mask, values - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred) / count + eps)
-    gamma = tl.load(weight + column, mask=in_group < GROUP_CHANNELS, other=0.0).to(tl.float32)
-    beta = tl.load(bias + column, mask=in_group < GROUP_CHANNELS, other=0.0).to(tl.float32)
     y = centred * rstd * gamma + beta
     if SILU:
         y = silu(y)
@@ -196,6 +197,8 @@ def _groups_in_parts(
     if HAS_OFFSET:
         where = offset + (sample // offset_share) * offset_stride + column
         added = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
+    gamma = tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)
+    beta = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32)
     total, squares = tl.zeros((BLOCK_P, BLOCK_G), tl.float32), tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
     for start in range(0, positions, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)[:, None]
@@ -210,8 +213,8 @@ def _groups_in_parts(
     count = positions * GROUP_CHANNELS
     mean = tl.sum(total) / count
     rstd = tl.rsqrt(tl.maximum(tl.sum(squares) / count - mean * mean, 0.0) + eps)
-    scale = rstd * tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32) - mean * scale
+    scale = rstd * gamma
+    shift = beta - mean * scale
     if HAS_DELTA:  # each thread reads what it has written itself, and that holds the offset
         source, shift_of_source = summed, shift
     else:

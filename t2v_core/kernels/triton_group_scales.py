@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from t2v_core.kernels.triton_instructions import silu
 from t2v_core.kernels.triton_rows import load_quarter
 
-_BLOCKS_OF_CHUNKS = (8, 32, 128, 1024)
+_BLOCKS_OF_CHUNKS = (8, 32, 128, 256, 1024)
+_FEW_CHUNKS = 32
 
 
 class _Summing(NamedTuple):
-    """How sums are shared out: tiles of so many values, warps of a program, programs, and most chunks of a sample.
+    """How sums are shared out: tiles of so many values, warps of a program, and programs.
 
     stages: tiles of a program that are on their way at once; of 1, none is before the one before has been added.
     """
@@ -26,28 +27,20 @@ class _Summing(NamedTuple):
     values: int
     warps: int
     programs: int
-    most_chunks: int
     stages: int = 1
 
 
-# On an H200, sums of 2 rows of 16 frames of 16x16 and 640 channels take 7 us with one warp and 11 with four.
-_SUMMING_FEW = _Summing(values=1024, warps=1, programs=2112, most_chunks=128)
-_SUMMING_MANY = _Summing(values=2048, warps=2, programs=1056, most_chunks=1024)
-_FEW_VALUES = 2**24
+# On an H200, tiles that are on their way while one is added bring sums of 24 frames of 128x72 and 320 channels from
+# 95 us to 70, and of 16 frames of 16x16 and 640 from 6.9 to 6.0. Where two are added and written, in few channels,
+# large tiles do: 244 and 215 us of the first.
+_SUMMING_FEW, _FEW_VALUES = _Summing(values=1024, warps=1, programs=1056, stages=3), 2**24
+_SUMMING_MANY = _Summing(values=4096, warps=2, programs=528, stages=3)
+_SUMMING_TWO = _Summing(values=8192, warps=4, programs=2112)
+_SUMMING_TWO_WIDE, _WIDE_BLOCK = _Summing(values=1024, warps=1, programs=528, stages=4), 128
 
+_APPLIED_VALUES = 1024  # of a program of the pass
+_APPLIED_WARPS_FEW, _APPLIED_WARPS = 1, 2
 
-class _Applying(NamedTuple):
-    """How the pass is shared out: tiles of so many values, warps of a program, and its tiles; stages as of sums."""
-
-    values: int
-    warps: int
-    tiles: int = 1
-    stages: int = 1
-
-
-# Where rows of a tile are 256 bytes or more, 19 us instead of 23 for 8 images of 64x64 and 512 channels, but 102
-# instead of 82 for 256 of 32x32 and 320.
-_WIDE_APPLIED, _NARROW_APPLIED, _WIDE_BLOCK = _Applying(1024, 1), _Applying(4096, 4), 128
 # For which one compiled kernel is as good as another. Of channels, it has to know that they are whole vectors.
 SIZES = ("positions", "pixels", "width", "chunk", "chunks", "offset_stride", "offset_share")
 
@@ -73,11 +66,12 @@ def scales_of(
     positions = total.numel() // (samples * x_channels)
     second, added, offset_at, flags = beside(x, delta, skip, offset, samples)
     block_c = block_of_channels(x_channels, channels)
-    summing = _SUMMING_FEW if samples * positions * channels <= _FEW_VALUES else _SUMMING_MANY
+    is_in_total = delta is not None or has_quarters
+    summing = _summing_for(samples * positions * channels, block_c, writes=is_in_total)
     block_p = max(1, summing.values // block_c)
     num_c = triton.cdiv(channels, block_c)
     of_sample = max(1, summing.programs // (samples * num_c))
-    chunks = min(triton.cdiv(positions, block_p), of_sample, summing.most_chunks)
+    chunks = min(triton.cdiv(positions, block_p), of_sample, _BLOCKS_OF_CHUNKS[-1])
     chunk = triton.cdiv(triton.cdiv(positions, chunks), block_p) * block_p
     chunks = triton.cdiv(positions, chunk)
     sums = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
@@ -87,16 +81,23 @@ def scales_of(
         **flags, HAS_QUARTERS=has_quarters, BLOCK_P=block_p, BLOCK_C=block_c, STAGES=summing.stages,
         num_warps=summing.warps, enable_fp_fusion=True,
     )  # fmt: skip
-    is_in_total = delta is not None or has_quarters
     group_channels = channels // norm.num_groups
     block_n = next(block_n for block_n in _BLOCKS_OF_CHUNKS if block_n >= chunks)
     _scales[(samples, norm.num_groups)](
         sums, added, norm.weight, norm.bias, scales, positions, channels, group_channels, norm.eps, chunks, *offset_at,
         HAS_OFFSET=offset is not None and not is_in_total, BLOCK_G=triton.next_power_of_2(group_channels),
         BLOCK_N=block_n,
-        num_warps=2 if block_n < _SUMMING_FEW.most_chunks else 8, enable_fp_fusion=True,
+        num_warps=2 if block_n <= _FEW_CHUNKS else 8, enable_fp_fusion=True,
     )  # fmt: skip
     return scales
+
+
+def _summing_for(values: int, block_c: int, *, writes: bool) -> _Summing:
+    if values <= _FEW_VALUES:
+        return _SUMMING_FEW
+    if not writes:
+        return _SUMMING_MANY
+    return _SUMMING_TWO_WIDE if block_c >= _WIDE_BLOCK else _SUMMING_TWO
 
 
 def apply_scales(x: Tensor, skip: Tensor | None, scales: Tensor, out: Tensor, *, silu: bool) -> None:
@@ -104,12 +105,11 @@ def apply_scales(x: Tensor, skip: Tensor | None, scales: Tensor, out: Tensor, *,
     x_channels, channels = x.shape[-1], out.shape[-1]
     positions = out.numel() // (len(scales) * channels)
     block_c = block_of_channels(x_channels, channels)
-    applying = _WIDE_APPLIED if block_c >= _WIDE_BLOCK else _NARROW_APPLIED
-    block_p = max(1, applying.values // block_c)
-    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p * applying.tiles), len(scales))](
+    block_p = max(1, _APPLIED_VALUES // block_c)
+    _apply[(triton.cdiv(channels, block_c) * triton.cdiv(positions, block_p), len(scales))](
         x, x if skip is None else skip, scales, out, positions, x_channels, channels,
         HAS_SKIP=skip is not None, SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c,
-        TILES=applying.tiles, STAGES=applying.stages, num_warps=applying.warps, enable_fp_fusion=True,
+        num_warps=_APPLIED_WARPS_FEW if out.numel() <= _FEW_VALUES else _APPLIED_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -162,9 +162,12 @@ def _sums(
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < channels
     WRITES: tl.constexpr = HAS_DELTA or HAS_QUARTERS
-    if WRITES and HAS_OFFSET:
-        added = tl.load(offset + (sample // offset_share) * offset_stride + column, mask=column < channels, other=0.0)
+    if HAS_OFFSET:
+        where = offset + (sample // offset_share) * offset_stride + channel
+        added = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
     for start in tl.range(0, chunk, BLOCK_P, num_stages=STAGES):
         position = part * chunk + start + tl.arange(0, BLOCK_P)[:, None]
         mask = (position < positions) & (column < channels)
@@ -175,19 +178,15 @@ def _sums(
             values = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, HAS_DELTA)
         if WRITES:
             if HAS_OFFSET:
-                values = tl.where(mask, values + added.to(tl.float32), 0.0)
+                values = tl.where(mask, values + added[None, :], 0.0)
             tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
         total += values
         squares += values * values
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_channel = channel < channels
     sum_of_values, sum_of_squares = tl.sum(total, 0), tl.sum(squares, 0)
     if HAS_OFFSET and not WRITES:  # the sums of x + added, by those of x
         number = tl.minimum(chunk, positions - part * chunk)
-        where = offset + (sample // offset_share) * offset_stride + channel
-        added_to_all = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
-        sum_of_squares += added_to_all * (2.0 * sum_of_values + number * added_to_all)
-        sum_of_values += number * added_to_all
+        sum_of_squares += added * (2.0 * sum_of_values + number * added)
+        sum_of_values += number * added
     where = sums + (sample * chunks + part) * 2 * channels + channel
     tl.store(where, sum_of_values, mask=is_channel)
     tl.store(where + channels, sum_of_squares, mask=is_channel)
@@ -206,15 +205,18 @@ def _scales(
     part = tl.arange(0, BLOCK_N)[:, None]
     where = sums + (sample * chunks + part) * 2 * channels + column[None, :]
     mask = (part < chunks) & is_channel[None, :]
-    count = positions * group_channels
-    mean = tl.sum(tl.load(where, mask=mask, other=0.0)) / count
-    variance = tl.sum(tl.load(where + channels, mask=mask, other=0.0)) / count - mean * mean
-    scale = tl.rsqrt(tl.maximum(variance, 0.0) + eps) * tl.load(weight + column, mask=is_channel, other=0.0).to(
-        tl.float32
-    )
-    shift = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32) - mean * scale
+    # All that is read is asked for before the first sum, behind which nothing would be.
+    values, squares = tl.load(where, mask=mask, other=0.0), tl.load(where + channels, mask=mask, other=0.0)
+    gamma = tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)
+    beta = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32)
     if HAS_OFFSET:
         added = tl.load(offset + (sample // offset_share) * offset_stride + column, mask=is_channel, other=0.0)
+    count = positions * group_channels
+    mean = tl.sum(values) / count
+    variance = tl.sum(squares) / count - mean * mean
+    scale = tl.rsqrt(tl.maximum(variance, 0.0) + eps) * gamma
+    shift = beta - mean * scale
+    if HAS_OFFSET:
         shift += added.to(tl.float32) * scale
     tl.store(scales + sample * 2 * channels + column, scale, mask=is_channel)
     tl.store(scales + sample * 2 * channels + channels + column, shift, mask=is_channel)
@@ -224,18 +226,16 @@ def _scales(
 def _apply(
     x, second, scales, out, positions, x_channels, channels,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     num_c = tl.cdiv(channels, BLOCK_C)
     block, sample = tl.program_id(0), tl.program_id(1)
     column = block % num_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     scale = tl.load(scales + sample * 2 * channels + column, mask=column < channels, other=0.0)
     shift = tl.load(scales + sample * 2 * channels + channels + column, mask=column < channels, other=0.0)
-    for i in tl.range(0, TILES, num_stages=STAGES):
-        position = (block // num_c * TILES + i) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-        mask = (position < positions) & (column < channels)
-        row = sample * positions + position
-        y = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, False) * scale + shift
-        if SILU:
-            y = silu(y)
-        tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)
+    position = block // num_c * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    mask = (position < positions) & (column < channels)
+    row = sample * positions + position
+    y = load(x, second, row, column, mask, x_channels, channels, HAS_SKIP, False) * scale + shift
+    if SILU:
+        y = silu(y)
+    tl.store(out + row.to(tl.int64) * channels + column, y.to(out.dtype.element_ty), mask=mask)

@@ -133,9 +133,9 @@ def test_convolutions_in_gluon(compiled, dtype, piece, tmp_path):
     from t2v_core.kernels import gluon_conv
 
     x, weight = draw(2, 16, 16, 16, 640, dtype=dtype), draw(10 * piece, 640, 3, 1, 1, dtype=dtype)
-    out = gluon_conv.conv_over_time(x, weight.to(memory_format=torch.channels_last_3d), piece=piece)
+    out = gluon_conv.conv_over_time(x, weight.to(memory_format=torch.channels_last_3d), (piece,))
     assert out.shape == (2, 16, 16, 16, len(weight))
     of_frames = draw(len(weight), 640, 3, 3, dtype=dtype)
-    out = gluon_conv.conv_frames(x, of_frames.to(memory_format=torch.channels_last), piece=piece)
+    out = gluon_conv.conv_frames(x, of_frames.to(memory_format=torch.channels_last), (piece,))
     assert out.shape == (2, 16, 16, 16, len(weight))
     check(compiled, {"_conv_tiles"}, tmp_path)

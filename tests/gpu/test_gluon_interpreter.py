@@ -73,11 +73,11 @@ def conv_error(module):
     module.num_processors, module._RUNS_AHEAD = lambda device: 1, True
     x, weight = torch.randn(1, 9, 3, 5, 256), torch.randn(640, 256, 3, 1, 1) / 768**0.5
     exact, halves = plain.conv_over_time(x, weight), (x.half(), weight.half().to(memory_format=torch.channels_last_3d))
-    errors = [error(module.conv_over_time(*halves, piece=piece), exact) for piece in (64, 32)]
+    errors = [error(module.conv_over_time(*halves, pieces), exact) for pieces in ((64,), (32,), (64, 32))]
     x, weight = torch.randn(1, 3, 9, 5, 64), torch.randn(320, 64, 3, 3) / 576**0.5
     exact = plain.conv_frames(x, weight, torch.float32)
     halves = x.half(), weight.half().to(memory_format=torch.channels_last)
-    return max(*errors, error(module.conv_frames(*halves, piece=64), exact))
+    return max(*errors, error(module.conv_frames(*halves, (64,)), exact))
 
 
 def error(actual, exact):

@@ -163,39 +163,40 @@ def test_linear_norm_is_for_320_channels_and_rows_for_most_processors():
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("processors", [1, 5, 132])
 @pytest.mark.parametrize("runs_ahead", [False, True])
-@pytest.mark.parametrize("piece", [64, 32])
+@pytest.mark.parametrize("pieces", [(64,), (32,), (64, 32)], ids=str)
 @pytest.mark.parametrize(
     ("rows", "frames", "height", "width", "channels", "parts"),
     [(1, 1, 1, 1, 64, 1), (3, 9, 3, 7, 128, 2), (2, 16, 8, 9, 64, 3), (2, 24, 2, 9, 640, 1)],
 )
 def test_conv_over_time(
-    rows, frames, height, width, channels, parts, piece, runs_ahead, processors, dtype, monkeypatch
+    rows, frames, height, width, channels, parts, pieces, runs_ahead, processors, dtype, monkeypatch
 ):
     from t2v_core.kernels import gluon_conv as fast
 
     monkeypatch.setattr(fast, "num_processors", lambda device: processors)
     monkeypatch.setattr(fast, "_RUNS_AHEAD", runs_ahead)
-    x, weight = draw(rows, frames, height, width, channels, dtype=dtype), taps(parts * 5 * piece, channels, dtype)
+    x, weight = draw(rows, frames, height, width, channels, dtype=dtype), taps(parts * 5 * max(pieces), channels, dtype)
     assert fast.fits(x, weight)
-    actual = fast.conv_over_time(x, weight, piece=piece)
+    actual = fast.conv_over_time(x, weight, pieces)
     assert_close(actual, plain.conv_over_time(x.double(), weight.double()), dtype)
 
 
 @pytest.mark.usefixtures("runs_gluon")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("piece", [64, 32])
+@pytest.mark.parametrize("pieces", [(64,), (32,), (64, 32)], ids=str)
 @pytest.mark.parametrize(
     ("frames", "height", "width", "channels", "parts"),
     [(1, 1, 1, 64, 1), (3, 9, 7, 128, 2), (4, 8, 16, 64, 3), (3, 20, 36, 128, 1)],
 )
-def test_conv_frames(frames, height, width, channels, parts, piece, processors, dtype, monkeypatch):
+def test_conv_frames(frames, height, width, channels, parts, pieces, processors, dtype, monkeypatch):
     from t2v_core.kernels import gluon_conv as fast
 
     monkeypatch.setattr(fast, "num_processors", lambda device: processors)
-    x, weight = draw(2, frames, height, width, channels, dtype=dtype), square_taps(parts * 5 * piece, channels, dtype)
+    out_channels = parts * 5 * max(pieces)
+    x, weight = draw(2, frames, height, width, channels, dtype=dtype), square_taps(out_channels, channels, dtype)
     assert fast.fits(x, weight)
-    actual = fast.conv_frames(x, weight, piece=piece)
+    actual = fast.conv_frames(x, weight, pieces)
     assert_close(actual, plain.conv_frames(x.double(), weight.double(), torch.float64), dtype)
 
 
@@ -218,6 +219,7 @@ def test_convolutions_are_for_certain_channels_and_tiles_for_most_processors(mon
     x, weight = torch.empty(2, 16, 32, 32, 320).half(), taps(320, 320, torch.float16)
     assert fast.pays(x, weight)
     assert not fast.pays(x[:, :, :8, :8], weight)
+    assert not fast.pays(torch.empty(2, 24, 10, 18, 1280).half(), taps(1280, 1280, torch.float16))
     assert not fast.fits(x, weight.contiguous())
     assert not fast.fits(x, taps(320, 320, torch.float32))
     assert not fast.fits(x, taps(192, 320, torch.float16))
@@ -228,12 +230,43 @@ def test_convolutions_are_for_certain_channels_and_tiles_for_most_processors(mon
     assert not fast.fits(x, of_frames[:, :, :1])
 
 
-@pytest.mark.parametrize(("side", "channels", "columns"), [(32, 320, 320), (16, 640, 320), (8, 1280, 160)])
-def test_convolutions_have_small_tiles_where_large_ones_leave_processors_idle(side, channels, columns):
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "channels", "tiles"),
+    [
+        (16, 32, 32, 320, [(64, 0, 256)]),
+        (16, 16, 16, 640, [(64, 0, 128)]),
+        (16, 8, 8, 1280, [(32, 0, 128)]),
+        (24, 10, 18, 1280, [(64, 0, 264), (32, 528, 24)]),  # two rounds of 132, and 12 of the third
+        (24, 20, 36, 640, [(64, 0, 528), (32, 1056, 24)]),
+        (24, 40, 72, 320, [(64, 0, 1080)]),  # half of one of nine short rounds is not worth a launch
+        (24, 36, 64, 640, [(64, 0, 1716), (32, 3432, 24)]),
+        (24, 18, 32, 1280, [(64, 0, 864)]),  # 72 of the seventh round are more than one of small ones
+    ],
+)
+def test_convolutions_have_small_tiles_where_large_ones_leave_processors_idle(
+    frames, height, width, channels, tiles, monkeypatch
+):
     from t2v_core.kernels import gluon_conv as fast
 
-    videos, weight = torch.empty(2, 16, side**2, channels), torch.empty(channels, channels, 3, 1, 1)
-    assert 5 * fast._piece(videos, weight, 132) == columns
+    monkeypatch.setattr(fast, "num_processors", lambda device: 132)
+    x = torch.empty(2, frames, height, width, channels, device="meta")
+    weight = torch.empty(channels, channels, 3, 1, 1, device="meta")
+    launches = fast._launches(fast._images(x, weight), weight, fast.pieces_for(x, weight), 132)
+    assert [(launch.piece, launch.first, launch.tiles) for launch in launches] == tiles
+
+
+@pytest.mark.parametrize("processors", [1, 5, 114, 132])
+@pytest.mark.parametrize("pairs", [1, 2, 33, 67])
+def test_each_tile_of_a_convolution_is_of_one_launch(pairs, processors):
+    from t2v_core.kernels import gluon_conv as fast
+
+    x, weight = torch.empty(1, 8, 16 * pairs, 64, device="meta"), torch.empty(960, 64, 3, 1, 1, device="meta")
+    for pieces in fast._LAUNCHES:
+        launches = fast._launches(x, weight, pieces, processors)
+        of_pairs = [(launch.first / launch.parts, launch.tiles / launch.parts) for launch in launches]
+        assert [first for first, _ in of_pairs] == [0, *(first + tiles for first, tiles in of_pairs[:-1])]
+        assert sum(tiles for _, tiles in of_pairs) == pairs
+        assert all(launch.tiles > 0 and launch.parts * 5 * launch.piece == 960 for launch in launches)
 
 
 def test_kernels_in_triton_do_without_gluon():
