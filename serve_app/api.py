@@ -1,7 +1,7 @@
 """The HTTP API: one table of its routes. Each takes its parts from `app.state.parts`, which whoever serves it fills."""
 
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request
@@ -41,7 +41,7 @@ def create_app() -> FastAPI:
     """The app. It answers 503 until `app.state.parts` holds an ApiParts."""
     app = FastAPI(
         title="t2v",
-        version=version("t2v-serve"),
+        version=_version(),
         description="Text to video: the `/v1/videos` that OpenAI's clients speak, and what it lacks.",
         docs_url=None,  # these two load scripts from elsewhere
         redoc_url=None,
@@ -53,6 +53,14 @@ def create_app() -> FastAPI:
     app.mount("/static", StaticFiles(directory=_STATIC))
     describe(app, CreateVideo, SyncVideo, EditVideo, RemixVideo)
     return app
+
+
+def _version() -> str:
+    """Of the package; of its source alone, which a `working_dir` of Ray's brings without installing it, none is known."""
+    try:
+        return version("t2v-serve")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _add_videos(app: FastAPI) -> None:

@@ -1,6 +1,7 @@
 """Every route and what it answers. The service's client holds each answer against /openapi.json."""
 
 import asyncio
+from importlib import metadata
 from typing import Any
 
 import httpx2
@@ -450,3 +451,10 @@ async def test_the_document_declares_bodies_errors_and_no_422_of_fastapi(shared_
                     assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}
     names = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
     assert len(set(names)) == len(names)
+
+
+def test_the_service_is_made_of_its_source_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a Ray job's `working_dir` brings without installing it, and with it no version."""
+    assert create_app().version == metadata.version("t2v-serve")
+    monkeypatch.setattr(metadata.Distribution, "discover", lambda **_: iter([]))
+    assert create_app().version == "unknown"
