@@ -56,7 +56,7 @@ def create_app() -> FastAPI:
 
 
 def _version() -> str:
-    """Of the package; of its source alone, which a `working_dir` of Ray's brings without installing it, none is known."""
+    """Of the package. Its source alone, which a `working_dir` of Ray brings without installing it, has none."""
     try:
         return version("t2v-serve")
     except PackageNotFoundError:
