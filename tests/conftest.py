@@ -1,5 +1,6 @@
 """Fixtures that every kind of test uses."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from t2v_core.weights.random_init import TINY, write_random_checkpoint
 
 # Small networks are slower on several threads, and far slower on several busy ones.
 torch.set_num_threads(1)
+
+# What `nohup` and a shell's background leave ignored, programs that tests start and stop would ignore as well. What a
+# handler ignores, they do not.
+for stop in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(stop) is signal.SIG_IGN:
+        signal.signal(stop, lambda *_: None)
 
 # A busy machine is no failure: nothing here is timed.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

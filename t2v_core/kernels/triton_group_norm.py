@@ -197,8 +197,6 @@ def _groups_in_parts(
     if HAS_OFFSET:
         where = offset + (sample // offset_share) * offset_stride + column
         added = tl.load(where, mask=is_channel, other=0.0).to(tl.float32)
-    gamma = tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)
-    beta = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32)
     total, squares = tl.zeros((BLOCK_P, BLOCK_G), tl.float32), tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
     for start in range(0, positions, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)[:, None]
@@ -210,6 +208,9 @@ def _groups_in_parts(
             tl.store(summed + row.to(tl.int64) * channels + column, values.to(summed.dtype.element_ty), mask=mask)
         total += values
         squares += values * values
+    # Not before the loop, through which there are no registers for them.
+    gamma = tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)
+    beta = tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32)
     count = positions * GROUP_CHANNELS
     mean = tl.sum(total) / count
     rstd = tl.rsqrt(tl.maximum(tl.sum(squares) / count - mean * mean, 0.0) + eps)
