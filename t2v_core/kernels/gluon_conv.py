@@ -8,6 +8,7 @@ registers, five pieces, for which it loads its rows from shared memory once. One
 For Hopper GPUs and half precision.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -68,7 +69,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     if not fits(x, weight):
         return False
     images, processors = _images(x, weight), num_processors(x.device)
-    launches = _launches(images, weight, pieces_for(x, weight), processors)
+    launches = _launches(_pairs(images), len(weight), pieces_for(x, weight), processors)
     n, lines, pixels, _ = images.shape
     is_faster = weight.dim() == 5 or launches[0].tiles <= _MOST_ROUNDS * processors or launches[0].parts == 1
     computed = _boxes(images) * _LINES * _PIXELS
@@ -80,16 +81,8 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 def pieces_for(x: Tensor, weight: Tensor) -> tuple[int, ...]:
     """How many columns a piece has in each launch, so that the last rounds of tiles leave few processors idle."""
-    images, processors = _images(x, weight), num_processors(x.device)
     steps = weight.numel() // len(weight) // _CHANNELS
-
-    def time(pieces: tuple[int, ...]) -> float:
-        return sum(
-            _LAUNCH_COLUMNS + steps * launch.rounds(processors) * launch.piece / _WORTH[launch.piece]
-            for launch in _launches(images, weight, pieces, processors)
-        )
-
-    return min((pieces for pieces in _LAUNCHES if len(weight) % _columns(max(pieces)) == 0), key=time)
+    return _best_pieces(_pairs(_images(x, weight)), len(weight), steps, num_processors(x.device))
 
 
 def conv_over_time(x: Tensor, weight: Tensor, pieces: tuple[int, ...] | None = None) -> Tensor:
@@ -115,7 +108,7 @@ def _conv(x: Tensor, weight: Tensor, pieces: tuple[int, ...]) -> Tensor:
     shifts = weight.shape[3]
     taps = weight.movedim(1, -1).reshape(len(weight), 3 * shifts * channels)  # as they lie in memory
     rows = boxes(x.contiguous(), 1, 2, _PIXELS, _CHANNELS)
-    for piece, parts, first, tiles in _launches(x, weight, pieces, processors):
+    for piece, parts, first, tiles in _launches(_pairs(x), len(weight), pieces, processors):
         _conv_tiles[(min(tiles, processors),)](
             rows, boxes(taps, piece, _CHANNELS), boxes(out, 1, _LINES, _PIXELS, piece),
             first, first + tiles, parts, triton.cdiv(lines, _LINES), triton.cdiv(pixels, _PIXELS),
@@ -138,12 +131,12 @@ class _Launch(NamedTuple):
         return int(triton.cdiv(self.tiles, processors))
 
 
-def _launches(x: Tensor, weight: Tensor, pieces: tuple[int, ...], processors: int) -> list[_Launch]:
+def _launches(pairs: int, columns: int, pieces: tuple[int, ...], processors: int) -> list[_Launch]:
     """One for each size of pieces: all but the last have as many pairs of boxes as make whole rounds of their tiles."""
     launches: list[_Launch] = []
-    done, pairs = 0, triton.cdiv(_boxes(x), 2)
+    done = 0
     for piece in pieces:
-        parts = len(weight) // _columns(piece)
+        parts = columns // _columns(piece)
         rest = pairs - done
         if piece != pieces[-1]:
             rest = rest * parts // processors * processors // parts
@@ -153,9 +146,25 @@ def _launches(x: Tensor, weight: Tensor, pieces: tuple[int, ...], processors: in
     return launches
 
 
+@lru_cache(maxsize=1024)
+def _best_pieces(pairs: int, columns: int, steps: int, processors: int) -> tuple[int, ...]:
+    def time(pieces: tuple[int, ...]) -> float:
+        return sum(
+            _LAUNCH_COLUMNS + steps * launch.rounds(processors) * launch.piece / _WORTH[launch.piece]
+            for launch in _launches(pairs, columns, pieces, processors)
+        )
+
+    return min((pieces for pieces in _LAUNCHES if columns % _columns(max(pieces)) == 0), key=time)
+
+
 def _columns(piece: int) -> int:
     """Of a tile."""
     return int(_PIECES.value * piece)
+
+
+def _pairs(x: Tensor) -> int:
+    """Of boxes: a tile has one for each group."""
+    return int(triton.cdiv(_boxes(x), 2))
 
 
 def _boxes(x: Tensor) -> int:

@@ -39,7 +39,7 @@ _SUMMING_TWO = _Summing(values=8192, warps=4, programs=2112)
 _SUMMING_TWO_WIDE, _WIDE_BLOCK = _Summing(values=1024, warps=1, programs=528, stages=4), 128
 
 _APPLIED_VALUES = 1024  # of a program of the pass
-_APPLIED_WARPS_FEW, _APPLIED_WARPS = 1, 2
+_APPLIED_WARPS_FEW, _APPLIED_WARPS = 1, 2  # 9.6 us instead of 10.0 for few values, 68.8 instead of 68.4 for many
 
 # For which one compiled kernel is as good as another. Of channels, it has to know that they are whole vectors.
 SIZES = ("positions", "pixels", "width", "chunk", "chunks", "offset_stride", "offset_share")

@@ -251,7 +251,8 @@ def test_convolutions_have_small_tiles_where_large_ones_leave_processors_idle(
     monkeypatch.setattr(fast, "num_processors", lambda device: 132)
     x = torch.empty(2, frames, height, width, channels, device="meta")
     weight = torch.empty(channels, channels, 3, 1, 1, device="meta")
-    launches = fast._launches(fast._images(x, weight), weight, fast.pieces_for(x, weight), 132)
+    pairs = fast._pairs(fast._images(x, weight))
+    launches = fast._launches(pairs, channels, fast.pieces_for(x, weight), 132)
     assert [(launch.piece, launch.first, launch.tiles) for launch in launches] == tiles
 
 
@@ -260,9 +261,8 @@ def test_convolutions_have_small_tiles_where_large_ones_leave_processors_idle(
 def test_each_tile_of_a_convolution_is_of_one_launch(pairs, processors):
     from t2v_core.kernels import gluon_conv as fast
 
-    x, weight = torch.empty(1, 8, 16 * pairs, 64, device="meta"), torch.empty(960, 64, 3, 1, 1, device="meta")
     for pieces in fast._LAUNCHES:
-        launches = fast._launches(x, weight, pieces, processors)
+        launches = fast._launches(pairs, 960, pieces, processors)
         of_pairs = [(launch.first / launch.parts, launch.tiles / launch.parts) for launch in launches]
         assert [first for first, _ in of_pairs] == [0, *(first + tiles for first, tiles in of_pairs[:-1])]
         assert sum(tiles for _, tiles in of_pairs) == pairs
