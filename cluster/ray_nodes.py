@@ -5,7 +5,9 @@ killed as a power cut would, and nothing of another Ray on the machine is touche
 of 127.0.0.0/8.
 """
 
+import itertools
 import os
+import random
 import secrets
 import shlex
 import signal
@@ -24,7 +26,10 @@ RAY = str(Path(sys.executable).with_name("ray"))
 SERVE = str(Path(sys.executable).with_name("serve"))
 
 _HTTP_PORT = "RAY_SERVE_WORKER_PROXY_HTTP_PORT"  # Ray's own, for nodes of one machine; the head's is in Serve's file
-_START_WITHIN_S = 60.0
+# Below those that Linux gives to connections, of which one could have it before it is used. None twice.
+_PORTS = itertools.cycle(random.sample(range(20_000, 32_768), 12_768))
+# A raylet dies if its agents take more than 15 s to start: https://github.com/ray-project/ray/issues/65983
+_START_TRIES, _START_WITHIN_S = 3, 60.0
 _STOP_WITHIN_S = 10.0
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -35,8 +40,13 @@ class RayNode:
 
     ip: str
     http_port: int
+    agent_port: int
     process: "subprocess.Popen[bytes]"
     folder: Path
+
+    def is_up(self) -> bool:
+        """Whether its raylet works and the cluster knows of it, as KubeRay's probes ask."""
+        return http_status(f"http://{self.ip}:{self.agent_port}/api/local_raylet_healthz") == 200
 
     def terminate(self) -> None:
         """Tell the node to go, as Kubernetes does: Ray drains it first, for as long as its environment says."""
@@ -85,20 +95,20 @@ class RayNodes:
         }
 
     def start_head(self, *options: str) -> RayNode:
-        """The head, or the one that comes after it was lost. Its dashboard answers when this returns."""
-        (self.folder / "n1" / "ray_current_cluster").unlink(missing_ok=True)  # of the last one, which is gone
-        head = self._start(
-            f"{self.network}.1",
-            "--head",
-            f"--port={self._port}",
-            f"--dashboard-port={self._dashboard_port}",
-            *options,
-        )
-        deadline = time.monotonic() + _START_WITHIN_S
-        while http_status(f"{self.dashboard}/api/version") is None:  # without the token it says 401
-            self._check(head, deadline)
-            time.sleep(0.1)
-        return head
+        """The head, or the one that comes after it was lost. It is up, and its dashboard answers, when this returns.
+
+        One that does not come up is started again, as Kubernetes does. Raises RuntimeError if that does not help.
+        """
+        own = ("--head", f"--port={self._port}", f"--dashboard-port={self._dashboard_port}")
+        for _ in range(_START_TRIES):
+            (self.folder / "n1" / "ray_current_cluster").unlink(missing_ok=True)  # of the last one, which is gone
+            head = self._start(f"{self.network}.1", *own, *options)
+            if self._comes_up(head):
+                return head
+            head.kill()
+            self.nodes.remove(head)
+        log = (head.folder / "log").read_text()[-2_000:]
+        raise RuntimeError(f"the Ray head at {head.ip} did not start in {_START_TRIES} tries: {log}")
 
     def start_worker(self, *options: str) -> RayNode:
         """One more node. Ray knows of it some seconds later."""
@@ -137,23 +147,24 @@ class RayNodes:
         self.nodes.append(node)
         return node
 
-    def _check(self, node: RayNode, deadline: float) -> None:
-        if node.process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(
-                f"the Ray head at {node.ip} did not start within {_START_WITHIN_S:.0f} s: "
-                f"{(node.folder / 'log').read_text()[-2_000:]}"
-            )
+    def _comes_up(self, head: RayNode) -> bool:
+        deadline = time.monotonic() + _START_WITHIN_S
+        while head.process.poll() is None and time.monotonic() < deadline:
+            if http_status(f"{self.dashboard}/api/version") and head.is_up():  # without the token, the first says 401
+                return True
+            time.sleep(0.1)
+        return False
 
 
 def start_node(folder: Path, ip: str, env: Mapping[str, str], *options: str) -> RayNode:
     """`ray start` with these options, in a session of its own. What it writes is in a folder in `folder`."""
     own = folder / f"n{ip.rpartition('.')[2]}"
     own.mkdir(exist_ok=True)
-    http_port = free_port()
+    http_port, agent_port = free_port(), free_port()
     command = [
         RAY, "start", "--block", f"--node-ip-address={ip}", f"--temp-dir={own}", "--min-worker-port=0",
-        "--max-worker-port=0", "--dashboard-agent-listen-port=0", f"--object-store-memory={_OBJECT_STORE_BYTES}",
-        *options,
+        "--max-worker-port=0", f"--dashboard-agent-listen-port={agent_port}",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}", *options,
     ]  # fmt: skip
     with (own / "log").open("ab") as log:
         process = subprocess.Popen(
@@ -165,14 +176,16 @@ def start_node(folder: Path, ip: str, env: Mapping[str, str], *options: str) -> 
             start_new_session=True,
         )
     (own / "session").write_text(str(process.pid))
-    return RayNode(ip, http_port, process, own)
+    return RayNode(ip, http_port, agent_port, process, own)
 
 
 def free_port() -> int:
-    """A port that nobody listens to, on any address."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, on any address."""
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            break
+    return port
 
 
 def http_status(url: str) -> int | None:
