@@ -86,7 +86,7 @@ def compiled_for_h100() -> Iterator[Kernels]:
         patch(ops, "_scalar", lambda value, device: torch.empty((), device=device))
         patch(first_results, "_is_captured", lambda: True)  # results have no values either
         for module in (fp8, transformers):  # which look at the weights' values, and there are none
-            patch(module, "quantised", lambda weight: weight.to(fp8.FP8))
+            patch(module, "quantised", lambda *weights: tuple(weight.to(fp8.FP8) for weight in weights))
         patch(triton.runtime.driver, "_active", h100)
         with torch.inference_mode():
             yield kernels

@@ -18,6 +18,7 @@ from trials import Way, compare, compile_at_once
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels import gluon_geglu, triton_geglu
+from t2v_core.kernels.processors import num_processors
 
 _GPU = torch.device("cuda")
 _BLOCK_K = 64
@@ -67,7 +68,7 @@ def _geglu(x: Tensor, proj: nn.Linear, tile: _Tile, stages: int, group: int, pro
     out = x.new_empty(len(x), inner)
     tiles = triton.cdiv(len(x), block_m) * triton.cdiv(inner, block_n)
     kernel = triton_geglu._geglu_that_stays if programs else triton_geglu._geglu
-    kernel[(min(programs * triton_geglu.num_processors(_GPU) or tiles, tiles),)](
+    kernel[(min(programs * num_processors(_GPU) or tiles, tiles),)](
         TensorDescriptor.from_tensor(x, [block_m, _BLOCK_K]),
         TensorDescriptor.from_tensor(proj.weight.view(2, inner, width), [2, block_n, _BLOCK_K]),
         TensorDescriptor.from_tensor(out, [block_m, block_n]),

@@ -18,6 +18,7 @@ _WARM_UP_CALLS = 2
 _MAX_GRAPHS = 32
 _MAX_LATENTS = 2**19  # in all rows: 2 of 24 frames of 1024x576, or 32 of 16 frames of 256x256
 _MAX_PIXELS = 2**20
+_CAPTURING = threading.Lock()  # of a process, one graph at a time can be captured
 
 Sizes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -54,7 +55,7 @@ class GraphedUNet:
         return self._unet.read_text(text_embeds)
 
     def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor) -> Tensor:
-        """See `UNet3D.forward`. Raises OutOfMemory."""
+        """See `UNet3D.forward`."""
         if self._is_large(latents, rows):
             return self._unet(latents, timesteps, text, rows)
         (eps,) = self._whole((latents, timesteps, rows), self._listed(text))
@@ -63,7 +64,7 @@ class GraphedUNet:
     def predict(
         self, latents: Tensor, timesteps: Tensor, text: TextKeysValues, rows: Tensor, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `UNet3D.predict`. Raises OutOfMemory."""
+        """See `UNet3D.predict`."""
         if self._is_large(latents, rows):
             return self._unet.predict(latents, timesteps, text, rows, features)
         if features is None:
@@ -143,10 +144,7 @@ class Graphs:
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        """What the function gives. `kept` inputs come after the others, and do not change while they are the same.
-
-        Raises OutOfMemory.
-        """
+        """What the function gives. `kept` inputs come after the others, and do not change while they are the same."""
         sizes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, *kept))
         with self._pool.lock:
             captured = self._captured.get(sizes)
@@ -172,6 +170,6 @@ class Graphs:
                 self._function(*inputs, *kept_copies)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
+        with _CAPTURING, torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
             outs = self._function(*inputs, *kept_copies)
         return _Captured(graph, inputs, kept_copies, [weakref.ref(tensor) for tensor in kept], outs)

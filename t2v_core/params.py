@@ -83,7 +83,7 @@ class GenerationParams:
                     param=name,
                 )
         _check_int("num_frames", self.num_frames, 1, MAX_FRAMES)
-        _check_int("fps", self.fps, 1, MAX_FPS)
+        check_fps(self.fps)
         _check_int("num_inference_steps", self.num_inference_steps, 1, 999)
         _check_float("guidance_scale", self.guidance_scale, 0.0, 100.0)
         _check_choice("sampler", self.sampler, SAMPLER_NAMES)
@@ -181,6 +181,11 @@ def resolve(
         )
     strength = defaults.strength if strength is None else strength
     return dataclasses.replace(params, num_frames=len(frames), strength=strength, video=frames)
+
+
+def check_fps(fps: int) -> None:
+    """Raises InvalidRequest for a frame rate that no video has."""
+    _check_int("fps", fps, 1, MAX_FPS)
 
 
 def check_strength(strength: float, num_inference_steps: int | None) -> None:

@@ -71,7 +71,8 @@ class Pipeline:
     ) -> GenerationParams:
         """A valid request, with every setting filled in and the input video read. Raises InvalidRequest."""
         if isinstance(video, Video):
-            fps = settings.get("fps") or video.params.fps
+            given = settings.get("fps")
+            fps = video.params.fps if given is None else given
             return resolve(prompt, settings | {"fps": fps}, self.defaults, video.frames_at(fps))
         return resolve(prompt, settings, self.defaults, video)
 
@@ -133,10 +134,10 @@ def load(
 
     "demo" comes with this package and draws coloured shapes that move; for a folder of that name, say "./demo".
     `revision` is a hub id's branch, tag or commit. The device is a GPU where there is one; the networks run in fp16
-    there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", or torch's own. With the
-    precision "fp8", products after a norm are of 8-bit numbers: faster on a Hopper GPU, and the same on a CPU to try.
-    With `cached_steps`, so many steps in a row reuse what the UNet's coarser resolutions made of the step before them:
-    faster anywhere, and the less exact the more there are.
+    there and in fp32 on the CPU, unless `dtype` says otherwise: "fp32", "bf16", "fp16", "fp64", or torch's own.
+    With the precision "fp8", products after a norm are of 8-bit numbers: faster on a Hopper GPU, and the same on a CPU
+    to try. With `cached_steps`, so many steps in a row reuse what the UNet's coarser resolutions made of the step
+    before them: faster anywhere, and the less exact the more there are.
     Raises CheckpointNotFound or CheckpointError; InvalidRequest for a device or a type that cannot be used; and
     OutOfMemory.
     """

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         if self.fused is None:
             quantise(self.to_q)
         else:
-            self._set_fused(quantised(self.fused))
+            self._set_fused(*quantised(self.fused))
 
     def _set_fused(self, fused: Tensor) -> None:
         self.fused = fused
@@ -142,9 +142,10 @@ class TransformerBlock(nn.Module):
     def over_pixels(
         self, x: Tensor, weight: Tensor, biases: "_Biases", text: KeysValues, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Each pixel to its frame, then to the text. x: (b, f, h, w, c), what `weight` projects; for `rows` see above.
+        """Each pixel to its frame, then to the text. x: (b, f, h, w, c), what `weight` projects.
 
-        Returns what `feed_forward` takes: the residual stream, and what the last attention has to add to it.
+        `rows`: see `SpatialTransformer`. Returns what `feed_forward` takes: the residual stream, and what the last
+        attention has to add to it.
         """
         x, qkv = self._first(x, weight, biases)
         x, queries = self._second(x, self.attn1.over_pixels(qkv), biases)
@@ -240,8 +241,9 @@ class _Transformer(nn.Module):
     def quantise(self) -> None:
         """Let the feed-forward have fp8, after `fuse`. The projection before the block gains little, and errs most."""
         assert self.proj_out.fused is not None
-        self.proj_out.fused = quantised(self.proj_out.fused)
-        quantise(self.block.ff.gate.proj)
+        gate = self.block.ff.gate.proj
+        self.proj_out.fused, weight = quantised(self.proj_out.fused, gate.weight)
+        gate.weight = nn.Parameter(weight, requires_grad=False)
 
     def fuse(self) -> None:
         """Make the last two layers one, and add up biases."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t2v_core.media import encode_video, save_video
-from t2v_core.params import GenerationParams
+from t2v_core.params import GenerationParams, check_fps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,11 @@ class Video:
         return encode_video(self.frames, fps=params.fps, format=params.format, crf=crf, metadata=self.metadata())
 
     def frames_at(self, fps: int) -> Tensor:
-        """The frames that are seen at another rate, of which there are more or fewer in the same time."""
+        """The frames that are seen at another rate, of which there are more or fewer in the same time.
+
+        Raises InvalidRequest for a rate that no video has.
+        """
+        check_fps(fps)
         if fps == self.params.fps:
             return self.frames
         seen = torch.arange(max(1, round(len(self.frames) * fps / self.params.fps))) * self.params.fps // fps

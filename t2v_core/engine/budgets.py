@@ -1,5 +1,7 @@
 """How many rows a step may have: as many as throughput asks for, by how many wait, and as memory allows."""
 
+import sys
+
 import torch
 
 from t2v_core.engine.batching import Demand, Group
@@ -64,7 +66,7 @@ class RowBudgets:
         if self._steps_since[shape] >= _RECOVERY_STEPS:
             self._steps_since[shape] = 0
             self._limits[shape] *= 2
-            if self._limits[shape] >= self._usual(shape, self._limits[shape]):
+            if self._limits[shape] >= self._usual(shape, sys.maxsize):  # the most that any demand asks for
                 del self._limits[shape]
 
     def _usual(self, shape: LatentShape, demanded_rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Small pictures of a video that is not finished: by a decoder at low cost, or without one, where none is at hand."""
+"""Small pictures of a video that is not finished: some of its frames, decoded, or all of them, at hardly any cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""What the networks spend their time on beside convolutions and products: plain PyTorch, and Triton where it runs.
+"""What the networks spend their time on: plain PyTorch, which says what is meant, and kernels of our own.
 
-Both have the same signatures. `ops` picks one; the plain ones are used on CPUs and in training, and say what is meant.
+`ops` picks these where they run and are faster; plain PyTorch serves CPUs and training.
 """
 
 from t2v_core.kernels.ops import (

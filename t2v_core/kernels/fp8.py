@@ -18,15 +18,20 @@ def to_fp8(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(FP8)
 
 
-def quantised(weight: Tensor) -> Tensor:
-    """A weight as products in fp8 read it; the same one, where it has numbers that are too large for that."""
-    return to_fp8(weight * WEIGHT_SCALE) if weight.abs().amax() <= LARGEST / WEIGHT_SCALE else weight
+def quantised(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Weights as products in fp8 read them; the same ones, where any has numbers that are too large for that.
+
+    What goes from one product to the next is made for both, so either all are in fp8 or none is.
+    """
+    if any(weight.abs().amax() > LARGEST / WEIGHT_SCALE for weight in weights):
+        return weights
+    return tuple(to_fp8(weight * WEIGHT_SCALE) for weight in weights)
 
 
 def quantise(*layers: nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
     """Let layers have weights as `quantised` gives them."""
-    for layer in layers:
-        layer.weight = nn.Parameter(quantised(layer.weight), requires_grad=False)
+    for layer, weight in zip(layers, quantised(*(layer.weight for layer in layers)), strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def scale_of(weight: Tensor) -> float:

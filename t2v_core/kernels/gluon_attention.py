@@ -67,7 +67,7 @@ def spatial_attention(qkv: Tensor, heads: int) -> Tensor:
     return out
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("tokens",))
 def _attend_over_pixels(queries, keys_values, out, tokens, scale, GROUPS: gl.constexpr, STAGES: gl.constexpr):
     QUERIES: gl.constexpr = queries.block_type.shape[1]
     KEYS: gl.constexpr = keys_values.block_type.shape[1]
@@ -78,6 +78,7 @@ def _attend_over_pixels(queries, keys_values, out, tokens, scale, GROUPS: gl.con
     infinite = gl.allocate_shared_memory(gl.float32, [GROUPS, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full, full, free, turns = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1)
     shared, signals = (q, k, v, infinite), (q_full, full, free, barriers(1, GROUPS))
+    gl.static_assert(GROUPS == 3)
     gl.warp_specialize(
         [
             (_attend, (0, out, tokens, scale, shared, signals, turns)),

@@ -36,9 +36,12 @@ from t2v_core.kernels.gluon_hopper import (
     seen_as,
     sums_of,
 )
-from t2v_core.kernels.triton_geglu import num_processors
+from t2v_core.kernels.processors import num_processors
 
 _LINES, _PIXELS, _CHANNELS = 8, 8, 64  # of a group's rows, at a time
+_BOX_LINES = gl.constexpr(_LINES)
+_FETCHED_PAIRS = gl.constexpr(_LINES // 2 + 1)  # of lines: these, the one before and the one after
+_ROOM_PAIRS = gl.constexpr(8)  # more than are fetched: what is written leaves from there
 _PIECES = gl.constexpr(5)
 _STAGES = {64: 4, 32: 8}  # of the weight, by the columns of a piece
 _ROW_STAGES = 2
@@ -184,8 +187,7 @@ def _conv_tiles(
     PIXELS: gl.constexpr = x.block_type.shape[2]
     CHANNELS: gl.constexpr = x.block_type.shape[3]
     PIECE: gl.constexpr = weight.block_type.shape[0]
-    # Two lines at a time, of each group 16: ten are fetched, and there is room for what is written from there.
-    rows = gl.allocate_shared_memory(x.dtype, [ROW_STAGES * 16, 1, 2, PIXELS, CHANNELS], x.layout)
+    rows = gl.allocate_shared_memory(x.dtype, [ROW_STAGES * 2 * _ROOM_PAIRS, 1, 2, PIXELS, CHANNELS], x.layout)
     stages = gl.allocate_shared_memory(weight.dtype, [STAGES * _PIECES, PIECE, CHANNELS], weight.layout)
     of_rows = (barriers(ROW_STAGES, 1), barriers(ROW_STAGES, 2))
     of_weight = (barriers(STAGES, 1), barriers(STAGES, 2))
@@ -219,17 +221,17 @@ def _fetch_rows(x, rows, of_rows, cut, of_boxes, SHIFTS: gl.constexpr):
     done = 0
     for tile in range(start + gl.program_id(0), end, gl.num_programs(0)):
         first = tile // parts * 2
-        places = (_place(first, of_boxes, 8, PIXELS), _place(first + 1, of_boxes, 8, PIXELS))
+        places = (_place(first, of_boxes, _BOX_LINES, PIXELS), _place(first + 1, of_boxes, _BOX_LINES, PIXELS))
         for step in range(steps):
             shift, channel = step % SHIFTS - SHIFTS // 2, step // SHIFTS * CHANNELS
             stage = done % STAGES
             mbarrier.wait(free.index(stage), done // STAGES & 1 ^ 1)
-            mbarrier.expect(full.index(stage), 10 * x.block_type.nbytes)
+            mbarrier.expect(full.index(stage), 2 * _FETCHED_PAIRS * x.block_type.nbytes)
             for group in gl.static_range(2):
                 image, line, pixel = places[group]
-                for i in gl.static_range(5):
+                for i in gl.static_range(_FETCHED_PAIRS):
                     place = [image, line - 1 + 2 * i, pixel + shift, channel]
-                    fetch(x, place, full.index(stage), rows.index((stage * 2 + group) * 8 + i))
+                    fetch(x, place, full.index(stage), rows.index((stage * 2 + group) * _ROOM_PAIRS + i))
             done += 1
 
 
@@ -305,14 +307,14 @@ def _nothing(PIECE: gl.constexpr):
 
 @gluon.jit
 def _factor(rows, ours, TAP: gl.constexpr, PIECE: gl.constexpr):
-    """What a tap reads of our 10 lines: 8 of them."""
+    """What a tap reads of our lines: as many as a box has, one after the other."""
     PIXELS: gl.constexpr = rows.shape[3]
     CHANNELS: gl.constexpr = rows.shape[4]
-    PLACES: gl.constexpr = rows.shape[0] // 8
+    BOXES: gl.constexpr = rows.shape[0] // _ROOM_PAIRS
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    lines = seen_as(rows, rows.dtype, [16 * PLACES, PIXELS, CHANNELS], layout)
-    eights = from_on(lines, TAP, [2 * PLACES - 1, 8 * PIXELS, CHANNELS], layout)
-    return eights.index(2 * ours).load(gl.DotOperandLayout(operand_index=0, parent=sums_of(PIECE), k_width=2))
+    lines = seen_as(rows, rows.dtype, [2 * rows.shape[0], PIXELS, CHANNELS], layout)
+    boxes = from_on(lines, TAP, [2 * BOXES - 1, _BOX_LINES * PIXELS, CHANNELS], layout)  # two have room in ours
+    return boxes.index(2 * ours).load(gl.DotOperandLayout(operand_index=0, parent=sums_of(PIECE), k_width=2))
 
 
 @gluon.jit
@@ -344,7 +346,13 @@ def _put(out, place, column, rows, ours, N: gl.constexpr, sums):
     PIECE: gl.constexpr = sums.shape[1]
     ROOM: gl.constexpr = 128 // PIECE  # pieces in one place
     image, line, pixel = place
-    SHAPE: gl.constexpr = [rows.shape[0] // 8 * ROOM, 1, out.block_type.shape[1], out.block_type.shape[2], PIECE]
+    SHAPE: gl.constexpr = [
+        rows.shape[0] // _ROOM_PAIRS * ROOM,
+        1,
+        out.block_type.shape[1],
+        out.block_type.shape[2],
+        PIECE,
+    ]
     piece = seen_as(rows, out.dtype, SHAPE, out.layout).index(ours * ROOM + N % ROOM)
     if N >= ROOM:
         tma.store_wait(ROOM - 1)

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from t2v_core.kernels.gluon_hopper import SHARED_BYTES, barriers, boxes, fetch_once_free, is_half, put, sums_of
-from t2v_core.kernels.triton_geglu import _gelu, num_processors
+from t2v_core.kernels.processors import num_processors
+from t2v_core.kernels.triton_instructions import gelu
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 64, 64  # rows, columns of each half, and channels at a time
 # Of the weight, in a processor. With 3, which is all that rows of 640 channels leave room for, Triton's kernel is
@@ -67,7 +68,7 @@ def _num_stages(x: Tensor) -> int:
     return min(_MOST_STAGES, (SHARED_BYTES // x.element_size() - kept) // (2 * _BLOCK_N * _BLOCK_K))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("units", "parts"))
 def _in_turns(x, weight, out, bias, units, parts, inner, STEPS: gl.constexpr, STAGES: gl.constexpr):
     """A unit is a block of rows with a part of the columns. Its tiles are taken by the two groups in turn."""
     BLOCK_M: gl.constexpr = out.block_type.shape[0]
@@ -159,7 +160,7 @@ def _multiply_and_gate(which, out, bias, gated, turns, starts, fetched, cut):
             mbarrier.arrive(rows_free.index(STEPS - 1), pred=is_last)
 
             value, gate = both.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
-            result = (value * _gelu(gate)).to(out.dtype)
+            result = (value * gelu(gate)).to(out.dtype)
             mbarrier.wait(turns.index(which), (tiles_done // 2 + 1 - which) & 1)
             gated.store(result)
             fence_async_shared()

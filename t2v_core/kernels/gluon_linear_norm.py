@@ -21,9 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from t2v_core.kernels.gluon_hopper import barriers, boxes, fetch, fetch_once_free, is_half, put, sums_of
-from t2v_core.kernels.triton_geglu import num_processors
+from t2v_core.kernels.processors import num_processors
 
 _WIDTH, _PIECE, _STAGES = 320, 64, 6
+_PIECES = gl.constexpr(_WIDTH // _PIECE)  # of a row
 _LEAST_BUSY = 0.75  # of the processors
 _REGISTERS_TO_MULTIPLY, _REGISTERS_TO_FETCH = gl.constexpr(240), gl.constexpr(24)  # a thread
 
@@ -66,16 +67,18 @@ def linear_norm(
     return total, result
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("units",))
 def _product_and_norm(
     a, weight, next_weight, x, total, out, offset, gamma, beta, units, eps,
     STAGES: gl.constexpr, ADDS: gl.constexpr, NEXT: gl.constexpr,
 ):  # fmt: skip
     PIECE: gl.constexpr = a.block_type.shape[0]
-    # Pieces of 64 columns, of two units and two groups: 20 in all.
-    rows = gl.allocate_shared_memory(a.dtype, [20, PIECE, PIECE], a.layout)
+    # Of two units and two groups.
+    rows = gl.allocate_shared_memory(a.dtype, [4 * _PIECES, PIECE, PIECE], a.layout)
     stages = gl.allocate_shared_memory(weight.dtype, [STAGES, PIECE, PIECE], weight.layout)
-    of_rows = (barriers(10, 1), barriers(10, 2), barriers(10, 1), barriers(10, 2))
+    full, used = barriers(2 * _PIECES, 1), barriers(2 * _PIECES, 2)
+    added, free = barriers(2 * _PIECES, 1), barriers(2 * _PIECES, 2)
+    of_rows = (full, used, added, free)
     of_weight = (barriers(STAGES, 1), barriers(STAGES, 2))
     staged = gl.allocate_shared_memory(a.dtype, [2, PIECE, PIECE], a.layout)
     given = (offset, gamma, beta, eps)
@@ -95,10 +98,10 @@ def _product_and_norm(
 def _fetch_weights(weight, next_weight, stages, of_weight, units, NEXT: gl.constexpr):
     done = 0
     for _ in range(gl.program_id(0), units, gl.num_programs(0)):
-        for i in range(25):
-            done = _fetch_weight(weight, i % 5, i // 5, stages, of_weight, done)
-        for i in range(5 * NEXT):
-            done = _fetch_weight(next_weight, i // 5, i % 5, stages, of_weight, done)
+        for i in range(_PIECES * _PIECES):
+            done = _fetch_weight(weight, i % _PIECES, i // _PIECES, stages, of_weight, done)
+        for i in range(_PIECES * NEXT):
+            done = _fetch_weight(next_weight, i // _PIECES, i % _PIECES, stages, of_weight, done)
 
 
 @gluon.jit
@@ -117,19 +120,19 @@ def _fetch_rows(a, x, rows, of_rows, units, ADDS: gl.constexpr):
     """What is multiplied, a unit ahead, and what is added, if anything is, in its place."""
     full, used, added, free = of_rows
     first, step = gl.program_id(0), gl.num_programs(0)
-    for k in range(5):
+    for k in range(_PIECES):
         _fetch_piece(a, first, k, 0, full, rows)
     for unit in range(first, units, step):
         done = unit // step
         if ADDS:
             slot, phase = done % 2, done // 2 & 1
-            for k in range(5):
-                mbarrier.wait(used.index(slot * 5 + k), phase)
+            for k in range(_PIECES):
+                mbarrier.wait(used.index(slot * _PIECES + k), phase)
                 _fetch_piece(x, unit, k, slot, added, rows)
         if unit + step < units:
             slot, phase = (done + 1) % 2, (done + 1) // 2 & 1
-            for k in range(5):
-                mbarrier.wait(free.index(slot * 5 + k), phase ^ 1)
+            for k in range(_PIECES):
+                mbarrier.wait(free.index(slot * _PIECES + k), phase ^ 1)
                 _fetch_piece(a, unit + step, k, slot, full, rows)
 
 
@@ -137,10 +140,10 @@ def _fetch_rows(a, x, rows, of_rows, units, ADDS: gl.constexpr):
 def _fetch_piece(tensor, unit, k, slot, full, rows):
     """Of both groups."""
     PIECE: gl.constexpr = rows.shape[1]
-    mbarrier.expect(full.index(slot * 5 + k), 2 * tensor.block_type.nbytes)
+    mbarrier.expect(full.index(slot * _PIECES + k), 2 * tensor.block_type.nbytes)
     for group in gl.static_range(2):
         place = [(unit * 2 + group) * PIECE, k * PIECE]
-        fetch(tensor, place, full.index(slot * 5 + k), rows.index((slot * 2 + group) * 5 + k))
+        fetch(tensor, place, full.index(slot * _PIECES + k), rows.index((slot * 2 + group) * _PIECES + k))
 
 
 @gluon.jit
@@ -155,51 +158,54 @@ def _one_group(
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         done = unit // gl.num_programs(0)
         slot, phase = done % 2, done // 2 & 1
-        ours, row = (slot * 2 + group) * 5, (unit * 2 + group) * PIECE
+        ours, row = (slot * 2 + group) * _PIECES, (unit * 2 + group) * PIECE
         nothing = gl.zeros([PIECE, PIECE], gl.float32, sums)
         pieces = (nothing, nothing, nothing, nothing, nothing)
-        for k in range(5):
-            number = done * (25 + 5 * NEXT) + 5 * k
-            mbarrier.wait(full.index(slot * 5 + k), phase)
+        for k in range(_PIECES):
+            number = done * (_PIECES * (_PIECES + NEXT)) + _PIECES * k
+            mbarrier.wait(full.index(slot * _PIECES + k), phase)
             factor = rows.index(ours + k).load(as_factor)
             pieces = _multiply(factor, stages, of_weight, number, pieces)
-            mbarrier.arrive(used.index(slot * 5 + k))
+            mbarrier.arrive(used.index(slot * _PIECES + k))
         if done > 0:  # what came of the unit before has left by now
             tma.store_wait(0)
-            for n in gl.static_range(5):
-                mbarrier.arrive(free.index((1 - slot) * 5 + n))
+            for n in gl.static_range(_PIECES):
+                mbarrier.arrive(free.index((1 - slot) * _PIECES + n))
 
         summed = ()
-        for n in gl.static_range(5):
+        for n in gl.static_range(_PIECES):
             one = _add(pieces[n], offset, rows, ours, added, slot, phase, n, total, row, ADDS)
             summed = summed + (one,)
-        mean = gl.sum(summed[0] + summed[1] + summed[2] + summed[3] + summed[4], 1) / (5 * PIECE)
+        together = summed[0]
+        for n in gl.static_range(1, _PIECES):
+            together = together + summed[n]
+        mean = gl.sum(together, 1) / (_PIECES * PIECE)
         centred = ()
-        for n in gl.static_range(5):
+        for n in gl.static_range(_PIECES):
             centred = centred + (summed[n] - gl.expand_dims(mean, 1),)
         squares = centred[0] * centred[0]
-        for n in gl.static_range(1, 5):
+        for n in gl.static_range(1, _PIECES):
             squares = squares + centred[n] * centred[n]
-        scale = gl.expand_dims(gl.rsqrt(gl.sum(squares, 1) / (5 * PIECE) + eps), 1)
+        scale = gl.expand_dims(gl.rsqrt(gl.sum(squares, 1) / (_PIECES * PIECE) + eps), 1)
         if NEXT == 0:
             tma.store_wait(0)  # the sum has left
-            for n in gl.static_range(5):
+            for n in gl.static_range(_PIECES):
                 normed = _scaled(centred[n] * scale, gamma, beta, n, out.dtype)
                 _put(out, [row, n * PIECE], rows.index(ours + n), normed)
         else:
             factors = ()
-            for n in gl.static_range(5):
+            for n in gl.static_range(_PIECES):
                 normed = _scaled(centred[n] * scale, gamma, beta, n, out.dtype)
                 factors = factors + (gl.convert_layout(normed, as_factor),)
             for n in range(NEXT):
-                number = done * (25 + 5 * NEXT) + 25 + 5 * n
+                number = done * (_PIECES * (_PIECES + NEXT)) + _PIECES * (_PIECES + n)
                 product = _begin(factors[0], stages, of_weight, number, nothing)
-                for i in gl.static_range(1, 5):
+                for i in gl.static_range(1, _PIECES):
                     product = _begin(factors[i], stages, of_weight, number + i, product)
                     product = _end(product, of_weight, number + i - 1)
                 # Without factors, which the next round needs: Triton 3.6's ptxas gave the registers of one to copies.
                 product = warpgroup_mma_wait(0, deps=[product])
-                mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
+                mbarrier.arrive(of_weight[1].index((number + _PIECES - 1) % stages.shape[0]))
                 tma.store_wait(0)
                 _put(out, [row, n * PIECE], staged.index(group), product.to(out.dtype))
     tma.store_wait(0)
@@ -207,14 +213,15 @@ def _one_group(
 
 @gluon.jit
 def _multiply(factor, stages, of_weight, number, sums):
-    """The products of all columns with the next five pieces of the weight."""
+    """The products with the next pieces of the weight, which are all of its columns."""
     products = ()
-    for n in gl.static_range(5):
+    for n in gl.static_range(_PIECES):
         products = products + (_begin(factor, stages, of_weight, number + n, sums[n]),)
         if n > 0:
             products = products[: n - 1] + (_end(products[n - 1], of_weight, number + n - 1), products[n])
-    products = products[:4] + (warpgroup_mma_wait(0, deps=[products[4], factor])[0],)
-    mbarrier.arrive(of_weight[1].index((number + 4) % stages.shape[0]))
+    last = warpgroup_mma_wait(0, deps=[products[_PIECES - 1], factor])[0]
+    products = products[: _PIECES - 1] + (last,)
+    mbarrier.arrive(of_weight[1].index((number + _PIECES - 1) % stages.shape[0]))
     return products
 
 
@@ -243,7 +250,7 @@ def _add(sums, offset, rows, ours, added, slot, phase, N: gl.constexpr, total, r
     columns = N * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
     with_offset = sums + gl.expand_dims(gl.load(offset + columns).to(gl.float32), 0)
     if ADDS:
-        mbarrier.wait(added.index(slot * 5 + N), phase)
+        mbarrier.wait(added.index(slot * _PIECES + N), phase)
         with_offset += piece.load(layout).to(gl.float32)
         sums = with_offset
     _put(total, [row, N * PIECE], piece, sums.to(total.dtype))

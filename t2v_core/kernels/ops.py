@@ -37,6 +37,7 @@ def group_norm(
     unfold: bool = False,
 ) -> Tensor:
     """As `plain.group_norm`, in one read and one write where a group fits into a processor, and in two reads else."""
+    assert skip is None or offset is None, "an offset is of x's channels alone"
     if not _runs_triton(x):
         return plain.group_norm(
             x, norm, over_frames=over_frames, silu=silu, offset=offset, skip=skip, dtype=dtype, unfold=unfold
@@ -73,6 +74,7 @@ def group_norm_conv(
     x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, *, delta: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """As `plain.group_norm_conv`, by kernels for few channels out, which hardly occupy the library's."""
+    assert offset is None or delta is not None, "an offset belongs to a delta"
     if _runs_triton(x):
         from t2v_core.kernels import triton_norm_conv as fast
 
@@ -122,9 +124,12 @@ def linear_norm(
     x: (..., d), weight: (c, d), offset: (c,), residual: (..., c), then: (c2, c)
     -> residual + x weight^T + offset, (..., c), and (..., c) or, with `then`, (..., c2).
 
-    Without `residual`, the first result is the product alone, and the norm is that of it with the offset. `out` and
-    `dtype` are as in `plain.add_layer_norm`; `then` may be in fp8, as in `plain.linear`.
+    Without `residual`, the first result is the product alone, and the norm is that of it with the offset. `out`, which
+    goes with a residual, and `dtype`, which goes without `then`, are as in `plain.add_layer_norm`; `then` may be in
+    fp8, as in `plain.linear`.
     """
+    assert residual is not None or out is None
+    assert then is None or dtype is None
     if _runs_gluon(x) and dtype is None:
         from t2v_core.kernels import gluon_linear_norm as fast
 

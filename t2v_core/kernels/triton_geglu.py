@@ -3,7 +3,6 @@
 For Hopper GPUs, whose copy engine fetches the rows of both halves of the weight as one box.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from t2v_core.kernels.fp8 import scale_of
-from t2v_core.kernels.triton_instructions import tanh
+from t2v_core.kernels.processors import num_processors, shared_bytes
+from t2v_core.kernels.triton_instructions import gelu
 
 _BLOCK_M = 128
 _BLOCK_K_BYTES = 128  # a row of the copy engine's boxes
-_H100_PROCESSORS, _H100_SHARED_BYTES = 132, 227 << 10
 _SHORT_WIDTH = 512
 
 
@@ -69,22 +68,6 @@ def geglu(x: Tensor, proj: nn.Linear, out: Tensor | None = None) -> Tensor:
     return out
 
 
-@cache
-def num_processors(device: torch.device) -> int:
-    """As many as an H100's off a GPU, where kernels are interpreted or only compiled."""
-    if device.type != "cuda":
-        return _H100_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@cache
-def shared_bytes(device: torch.device) -> int:
-    """What a program can have of a processor's memory: of an H100's off a GPU."""
-    if device.type != "cuda":
-        return _H100_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-
-
 @triton.jit
 def _geglu(
     x, weight, out, bias, rows, inner, width,
@@ -124,12 +107,4 @@ def _tile(
     is_column = column < inner
     value += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     gate += tl.load(bias + inner + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    out.store([m, n], (value * _gelu(gate)).to(out.dtype))
-
-
-@triton.jit
-def _gelu(x):
-    """x Phi(x), where Phi(x) = (1 + tanh(x p(x^2))) / 2: a fit of p within 3.1e-6, that has no bend up to infinity."""
-    u = x * x
-    p = (((1.120348e-6 * u - 3.0602118e-5) * u - 1.2475871e-4) * u + 0.036468637) * u + 0.79782817
-    return x * (0.5 + 0.5 * tanh(x * p))
+    out.store([m, n], (value * gelu(gate)).to(out.dtype))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_core.kernels.triton_geglu import num_processors
+from t2v_core.kernels.processors import num_processors
 from t2v_core.kernels.triton_instructions import LOG2_E, exp2
 
 _MOST_TOKENS = 128

@@ -181,6 +181,13 @@ def test_an_input_video_is_played_as_fast_as_before(tiny_pipeline, fps, seen):
     assert torch.equal(params.video, made.frames[seen])
 
 
+@pytest.mark.parametrize("fps", [0, False, "8", float("nan"), 3_000_000])
+def test_a_frame_rate_that_no_video_has_is_an_error(tiny_pipeline, fps):
+    made = tiny_pipeline.generate(PROMPT, num_frames=4, num_inference_steps=1, fps=8)
+    with pytest.raises(InvalidRequest, match=f"fps {fps!r}: must be "):
+        tiny_pipeline.params(PROMPT, video=made, fps=fps)
+
+
 def test_encoding_an_input_video_in_chunks_changes_nothing(tiny_pipeline, monkeypatch):
     frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)
     params = tiny_pipeline.params(PROMPT, video=frames, seed=3)

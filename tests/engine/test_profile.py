@@ -87,6 +87,16 @@ def test_a_budget_that_was_halved_grows_back_after_many_steps():
     assert sorted(set(seen)) == [4, 8, 16]
 
 
+def test_a_budget_grows_back_by_one_doubling_at_a_time_however_many_wait():
+    group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
+    budgets.halve(SHAPE, 16)
+    seen = []
+    for _ in range(1000):
+        budgets.succeeded(SHAPE)
+        seen.append(budgets.rows(group, Demand(200)))
+    assert sorted(set(seen)) == [8, 16, RowBudgets(PROFILE).rows(group, Demand(200))]
+
+
 def test_memory_that_runs_out_again_starts_the_wait_anew():
     group, budgets = Group(SHAPE, 77), RowBudgets(PROFILE)
     budgets.halve(SHAPE, 16)

@@ -386,7 +386,7 @@ def test_convolutions_in_fp8(num_frames, height, width, channels, out_channels):
         ((3, 1, 1), "conv_over_time", torch.channels_last_3d),
     ):
         weight = draw(out_channels, channels, *kernel, dtype=torch.float16) * channels**-0.5
-        weight = quantised(weight.to(memory_format=last))
+        (weight,) = quantised(weight.to(memory_format=last))
         assert fast.fits(x, weight)
         exact = getattr(plain, conv)(x, weight, torch.float64)
         assert_close(getattr(fast, conv)(x, weight, torch.float16), exact, torch.float16, FP8_SUM_TOLERANCE)
@@ -399,7 +399,8 @@ def test_geglu_in_fp8(rows, width, inner, monkeypatch):
 
     monkeypatch.setattr(fast, "num_processors", lambda device: 2)
     x, proj = to_fp8(draw(rows, width, dtype=torch.float16)), randomised(nn.Linear(width, 2 * inner), torch.half)
-    proj.weight = nn.Parameter(quantised(proj.weight / 2), requires_grad=False)
+    (weight,) = quantised(proj.weight / 2)
+    proj.weight = nn.Parameter(weight, requires_grad=False)
     assert fast.fits(x, proj)
     exact_proj = nn.Linear(width, 2 * inner, dtype=torch.float64, device=DEVICE)
     exact_proj.weight = nn.Parameter(proj.weight.double() / WEIGHT_SCALE)
