@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import TypeVar
 
 import promql_parser
 
@@ -16,6 +17,8 @@ RAYS_OWN: dict[str, tuple[str, ...]] = {
 }
 _EVERYWHERE = ("application", "deployment", "replica")
 _IN_BUCKETS = ("_bucket", "_sum", "_count")
+
+_Expression = TypeVar("_Expression")
 
 
 def exported() -> dict[str, set[str]]:
@@ -65,7 +68,9 @@ def _check_query(where: str, query: str, known: dict[str, set[str]]) -> Iterator
     except ValueError as error:
         yield Problem("query", where, f"{query}: Prometheus cannot read it: {error}; correct it")
         return
-    for selector in _selectors(parsed):
+    for aggregate in _all_of(parsed, promql_parser.AggregateExpr):
+        yield from _check_grouping(where, aggregate, known)
+    for selector in _all_of(parsed, promql_parser.VectorSelector):
         if selector.name not in known:
             message = f"{selector.name}: neither serve_app.metrics declares it nor cluster.monitoring; correct the name"
             yield Problem("metric", where, message)
@@ -76,15 +81,29 @@ def _check_query(where: str, query: str, known: dict[str, set[str]]) -> Iterator
                 yield Problem("metric", where, f"{selector.name} has no label {matcher.name}: it has {labels}")
 
 
-def _selectors(expression: object) -> Iterator[promql_parser.VectorSelector]:
-    """All selectors of series within a query."""
-    if isinstance(expression, promql_parser.VectorSelector):
+def _check_grouping(
+    where: str, aggregate: promql_parser.AggregateExpr, known: dict[str, set[str]]
+) -> Iterator[Problem]:
+    """What is summed `by` a label that no series below has is one sum of all, and nobody notices."""
+    below = [selector.name or "" for selector in _all_of(aggregate.expr, promql_parser.VectorSelector)]
+    if aggregate.modifier is None or not known.keys() >= set(below):
+        return
+    labels = set[str]().union(*(known[name] for name in below))
+    for label in aggregate.modifier.labels:
+        if label not in labels:
+            message = f"{aggregate.op}: {', '.join(below)} has no label {label}: it has {', '.join(sorted(labels))}"
+            yield Problem("metric", where, message)
+
+
+def _all_of(expression: object, kind: type[_Expression]) -> Iterator[_Expression]:
+    """All parts of a query that are of this kind."""
+    if isinstance(expression, kind):
         yield expression
     for name in ("expr", "lhs", "rhs", "vector_selector", "args"):
         part = getattr(expression, name, None)
         for below in part if isinstance(part, list) else [part]:
             if below is not None:
-                yield from _selectors(below)
+                yield from _all_of(below, kind)
 
 
 def _check_scraped(monitor: Manifest, manifests: list[Manifest]) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from cluster.placement import check_placement
 from serve_app.config import AppConfig
 
 IMPORT_PATH = "serve_app.app:build"
-# HAProxy's own ports beside the service's, by the variables that move them (DESIGN.md: open on all interfaces).
+# HAProxy's own ports beside the service's, by the variables that move them (open on all interfaces).
 HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
@@ -36,6 +36,12 @@ class Served:
     app: AppConfig
     groups: list[Group]
 
+    @property
+    def http_options(self) -> Manifest:
+        """As they are written: what is left out is Ray's default, and not here."""
+        options: Manifest = self.raw.get("http_options", {})
+        return options
+
     def problem(self, rule: str, message: str) -> Problem:
         return Problem(rule, self.where, message)
 
@@ -48,7 +54,7 @@ def check_serving(manifests: list[Manifest], secrets: list[Manifest]) -> Iterato
             raw = yaml.safe_load(text)
             (application,) = ServeDeploySchema.model_validate(raw).applications
             served = Served(where, raw, AppConfig.model_validate(application.args), groups(cluster))
-        except (ValidationError, ValueError) as error:
+        except (ValidationError, ValueError, yaml.YAMLError) as error:
             yield Problem("serve config", where, f"Ray or serve_app.config refuses it: {error}")
             continue
         if application.import_path != IMPORT_PATH:
@@ -129,7 +135,7 @@ def _has_notice(served: Served) -> Iterator[Problem]:
 
 
 def _haproxy(served: Served) -> Iterator[Problem]:
-    """What DESIGN.md says of HAProxy: on everywhere or nowhere, a stated host, and time to drain."""
+    """HAProxy is on everywhere or nowhere, takes messages of any size, and has time to drain."""
     workers = any(group.name != "head" for group in served.groups)
     settings = {group.name: group.environment.get(_HAPROXY, "0") for group in served.groups}
     if len(set(settings.values())) > 1:
@@ -148,7 +154,7 @@ def _haproxy(served: Served) -> Iterator[Problem]:
 
 def _ports(served: Served) -> Iterator[Problem]:
     """Serve listens where Kubernetes sends, and HAProxy's other ports are nobody's."""
-    options = served.raw.get("http_options", {})
+    options = served.http_options
     host, port, exposed = options.get("host"), options.get("port", 8000), "RayService" in served.where
     if host is None or (exposed and host != "0.0.0.0"):
         rule = (
@@ -231,7 +237,7 @@ def _behind_ingress(served: Served, manifests: list[Manifest]) -> Iterator[Probl
             for path in rule["http"]["paths"]:
                 service = path["backend"]["service"]
                 there = service["name"], service["port"]["number"]
-                wanted = f"{served.where.removeprefix('RayService ')}-serve-svc", served.raw["http_options"]["port"]
+                wanted = f"{served.where.removeprefix('RayService ')}-serve-svc", served.http_options.get("port", 8000)
                 if there != wanted:
                     yield Problem("ingress", name_of(ingress), f"leads to {there}: must be KubeRay's {wanted}")
         timeout = float(ingress["metadata"].get("annotations", {}).get(_READ_TIMEOUT, 60))

@@ -114,12 +114,11 @@ class Attempt:
         if job.model != self._tools.model:
             raise InvalidRequest(f"model {job.model}: is not served any more; make the video again", param="model")
         try:
-            params, trajectory = await self._patiently(self._kept)
+            params, trajectory, waited_s = await self._patiently(self._kept)
         except Unavailable as error:  # nothing was done yet: it waits in the queue, for as long as the stores are away
             logger.warning("job given back: job=%s fence=%d error=%s", job.id, job.fence, error)
             await self._tools.jobs.release(job.id, job.fence)
             return
-        waited_s = max(0.0, await self._tools.jobs.now() - job.created_at)
         if job.fence == 1:  # later it has waited for what failed before
             self._tools.metrics.stage("queue", waited_s)
         call = DenoiseCall(
@@ -155,17 +154,20 @@ class Attempt:
             seconds = time.monotonic() - began
             self._tools.metrics.stage("store", seconds)
             logger.info("job completed: job=%s fence=%d store_s=%.3f", job.id, job.fence, seconds)
-            await self._tools.artifacts.delete(self._trajectory)
-        elif not await self._tools.jobs.names_prefix(self._folder):  # it was cancelled, or is somebody else's now
-            await self._tools.artifacts.delete_prefix(f"{self._folder}/")
+            with self._spared("checkpoint not removed"):
+                await self._tools.artifacts.delete(self._trajectory)
+            return
+        with self._spared("files not removed"):
+            if not await self._tools.jobs.names_prefix(self._folder):  # it was cancelled, or is somebody else's now
+                await self._tools.artifacts.delete_prefix(f"{self._folder}/")
 
     async def _keep_preview(self, preview: PreviewPicture) -> None:
-        with self._spared("preview"):
+        with self._spared("preview not kept"):
             kept = await self._tools.artifacts.put(f"{self._folder}/preview.webp", preview.picture, "image/webp")
             self.progress = replace(self.progress, preview_path=kept.path, preview_step=preview.step)
 
     async def _keep_checkpoint(self, checkpoint: Checkpoint) -> None:
-        with self._spared("checkpoint"):
+        with self._spared("checkpoint not kept"):
             await self._tools.artifacts.put(self._trajectory, checkpoint.trajectory, "application/octet-stream")
             await self._tools.jobs.save_checkpoint(self.job.id, self.job.fence, self._trajectory, checkpoint.step)
 
@@ -195,21 +197,22 @@ class Attempt:
             await asyncio.sleep(_PAUSE_S)
 
     @contextmanager
-    def _spared(self, what: str) -> Iterator[None]:
+    def _spared(self, consequence: str) -> Iterator[None]:
         """What a job can do without while a store is away."""
         try:
             yield
         except Unavailable as error:
-            logger.warning("%s not kept: job=%s error=%s", what, self.job.id, error)
+            logger.warning("%s: job=%s error=%s", consequence, self.job.id, error)
 
-    async def _kept(self) -> tuple[GenerationParams, bytes | None]:
-        """What is asked for, and where the attempt before stood."""
-        return await self._params(), await self._saved_trajectory()
+    async def _kept(self) -> tuple[GenerationParams, bytes | None, float]:
+        """What is asked for, where the attempt before stood, and how many seconds the job has waited."""
+        params, trajectory = await self._params(), await self._saved_trajectory()
+        return params, trajectory, max(0.0, await self._tools.jobs.now() - self.job.created_at)
 
     async def _params(self) -> GenerationParams:
         job, video = self.job, None
         if job.input_path is not None:
-            video = frames_of(await self._tools.artifacts.read(job.input_path))
+            video = await asyncio.to_thread(frames_of, await self._tools.artifacts.read(job.input_path))
         return GenerationParams(prompt=job.prompt, video=video, **cast(dict[str, Any], job.params))
 
     async def _saved_trajectory(self) -> bytes | None:

@@ -17,6 +17,7 @@ _KEY = re.compile(r"[!-~]{16,512}")  # what can stand in a header as it is
 _SCHEME = "bearer "
 
 _State = tuple[int, int, int, int]
+_MISSING: _State = (0, 0, 0, 0)
 
 
 class ApiKeys:
@@ -76,20 +77,24 @@ class _KeysFile:
         self._path = path
         self._others = others
         self._state, self._digests = self._read()
+        self._told: _State | None = None  # of what the log tells last
 
     def digests(self) -> dict[str, bytes]:
         """The keys of the file and the others."""
-        try:
-            if _state(self._path) != self._state:
+        state = _state(self._path)
+        if state != self._state:
+            try:
                 self._state, self._digests = self._read()
                 logger.info("keys read: file=%s num_keys=%d", self._path, len(self._digests))
-        except (OSError, InvalidRequest) as error:
-            logger.error("keys not read, the old ones hold: file=%s error=%s", self._path, error)
+            except InvalidRequest as error:
+                if state != self._told:  # it is asked for every request
+                    logger.error("keys not read, the old ones hold: file=%s error=%s", self._path, error)
+            self._told = state
         return self._digests
 
     def _read(self) -> tuple[_State, dict[str, bytes]]:
+        state = _state(self._path)  # before the text: a write in between is then seen by the next look
         try:
-            state = _state(self._path)  # before the text: a write in between is then seen by the next look
             text = self._path.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
@@ -100,8 +105,11 @@ class _KeysFile:
 
 
 def _state(path: Path) -> _State:
-    """What differs when a file was written or replaced."""
-    stat = path.stat()
+    """What differs when a file was written or replaced; nothing of one that is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return _MISSING
     return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 

@@ -22,7 +22,6 @@ _MEMBER = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")  # metadata[k], as the openai 
 class Upload:
     """A file in a multipart body."""
 
-    filename: str
     data: bytes = field(repr=False)
 
 
@@ -45,10 +44,9 @@ async def read_body(
     if media_type == b"application/json":
         return Body(_parse_json(await _read(request, max_bytes)), is_text_only=False)
     if media_type == b"multipart/form-data" and multipart:
-        return Body(
-            _parse_multipart(await _read(request, max_upload_bytes or max_bytes), options.get(b"boundary")),
-            is_text_only=True,
-        )
+        data = await _read(request, max_upload_bytes or max_bytes)
+        # In a thread: of a large body that is made to be slow to parse, it takes seconds.
+        return Body(await asyncio.to_thread(_parse_multipart, data, options.get(b"boundary")), is_text_only=True)
     allowed = "application/json or multipart/form-data" if multipart else "application/json"
     sent = request.headers.get("content-type")
     raise UnknownBody(f"content-type {sent!r:.100}: send {allowed}" if sent else f"no content-type: send {allowed}")
@@ -147,11 +145,7 @@ def _by_name(parts: list[_Part]) -> dict[str, Any]:
         if b"name" not in options:
             raise InvalidRequest("a part of the multipart body has no name: give each one")
         name = _text("a part's name", options[b"name"])
-        value: str | Upload
-        if b"filename" in options:
-            value = Upload(options[b"filename"].decode(errors="replace"), bytes(part.data))
-        else:
-            value = _text(name, part.data)
+        value = Upload(bytes(part.data)) if b"filename" in options else _text(name, part.data)
         target, key = values, name
         if member := _MEMBER.fullmatch(name):
             name, key = member.groups()

@@ -17,7 +17,7 @@ from serve_app.calls import (
     Progress,
     Rendered,
 )
-from serve_app.remote import finished, plain_errors, stop
+from serve_app.remote import plain_errors, result_of, stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Chain:
         """
         if call.params.video is not None and call.trajectory is None:
             with plain_errors("decoder"):
-                call = replace(call, video=await finished(self.decoder.encode.remote(call.params.video)))
+                call = replace(call, video=await result_of(self.decoder.encode.remote(call.params.video)))
         call = replace(call, params=call.params.without_frames())  # which may be hundreds of megabytes
         latents, is_handed_back = None, True
         while is_handed_back:
@@ -51,7 +51,7 @@ class Chain:
                         yield event
         assert latents is not None
         with plain_errors("decoder"):
-            rendered: Rendered = await finished(self.decoder.decode.remote(latents, call.params, call.id, call.fence))
+            rendered: Rendered = await result_of(self.decoder.decode.remote(latents, call.params, call.id, call.fence))
         yield rendered
 
     async def _denoise(self, call: DenoiseCall) -> AsyncGenerator[DenoiseEvent, None]:

@@ -87,7 +87,10 @@ def serve(
     first_output: Annotated[Path, typer.Option(help="Where that video goes.")] = Path("outputs/first.mp4"),
     once: Annotated[bool, typer.Option("--once", help="Stop after the first video.")] = False,
 ) -> None:
-    """Serve the model on this machine, in the foreground: HTTP API and web page. Ctrl-C stops it; jobs are kept."""
+    """Serve the model on this machine, in the foreground: HTTP API and web page. Ctrl-C stops it; jobs are kept.
+
+    Without --config, a model other than the demo runs on a GPU where there is one.
+    """
     from t2v_core.cli import errors_explained
     from t2v_core.errors import InvalidRequest
 
@@ -100,7 +103,8 @@ def serve(
                 param="host",
             )
         _check_port(host, port)
-        _serve(console, app_config, host, port, metrics_port, first_prompt, first_output, once)
+        is_configured = config is not None
+        _serve(console, app_config, is_configured, host, port, metrics_port, first_prompt, first_output, once)
 
 
 @app.command("webhook-secret")
@@ -124,6 +128,7 @@ def webhook_secret(
 def _serve(
     console: Console,
     config: "AppConfig",
+    is_configured: bool,
     host: str,
     port: int,
     metrics_port: int | None,
@@ -150,7 +155,10 @@ def _serve(
             log_to_driver=False,
             _metrics_export_port=metrics_port,
         )
-        starting.check_fits(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        machine = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        if not is_configured:
+            config = starting.on_its_gpu(config, machine)
+        starting.check_fits(config, machine)
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     address = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{address}:{port}"

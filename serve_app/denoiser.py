@@ -29,7 +29,7 @@ from serve_app.job_logs import fields, log_through_serve, name_job
 from serve_app.memory import free_bytes, gpu_memory, tell_memory
 from serve_app.metrics import Metrics
 from serve_app.owners import gone, this_replica
-from serve_app.sizes import SizeLimit, measured
+from serve_app.sizes import ROWS_A_VIDEO, SizeLimit, measured
 from t2v_core import stages
 from t2v_core.config import SamplerName
 from t2v_core.denoising import Denoising
@@ -70,7 +70,6 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 _PROGRESS_EVERY_S = 0.1
-_ROWS_A_VIDEO = 2  # with guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ class Denoiser:
         budgets = RowBudgets(
             profile,
             free_bytes=free_memory_bytes(self._device),
-            unmeasured_rows=2 * config.max_ongoing,
+            unmeasured_rows=ROWS_A_VIDEO * config.max_ongoing,
         )
         self._engine = Engine(unet, budgets, previewer=previewer, cached_steps=config.cached_steps)
         self._engine_metrics = EngineMetrics(self._metrics, self._engine.counters)
@@ -205,11 +204,11 @@ class Denoiser:
         sizes = [weights.config.defaults.shape, *(VideoShape(*size) for size in self._config.warm_up)]
         shapes = [size.latents() for size in dict.fromkeys(sizes)]
         began = time.monotonic()
-        most_rows = _ROWS_A_VIDEO * (self._config.max_ongoing + self._config.urgent_reserve)
+        most_rows = ROWS_A_VIDEO * (self._config.max_ongoing + self._config.urgent_reserve)
         profile = known or measure(unet, shapes, rows=[number for number in ROWS if number <= most_rows])
         if known is None and path is not None:
             profile.save(path)
-        rows = range(_ROWS_A_VIDEO, most_rows + 1, _ROWS_A_VIDEO)
+        rows = range(ROWS_A_VIDEO, most_rows + 1, ROWS_A_VIDEO)
         warm_up(unet, shapes, profile, rows=rows, caches_features=self._config.cached_steps > 0)
         logger.info("warm: warm_up_s=%.1f was_measured_before=%s", time.monotonic() - began, known is not None)
         return profile
@@ -232,7 +231,7 @@ class Denoiser:
     def _measured_limit(self, unet: NoisePredictor, weights: Weights, profile: Profile | None) -> SizeLimit | None:
         """By the profile or, where that tells nothing of memory, by one step of the model's own size."""
         if profile is None or profile.bytes_per_latent is None:
-            profile = measure(unet, [weights.config.defaults.shape.latents()], rows=(2,), repeats=0)
+            profile = measure(unet, [weights.config.defaults.shape.latents()], rows=(ROWS_A_VIDEO,), repeats=0)
         limit = measured(profile, free_bytes(self._device))
         logger.info("size limit: %s", limit)
         return limit

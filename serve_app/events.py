@@ -136,11 +136,15 @@ class _Watched:
 class Watcher:
     """Reads all watched jobs at once, every `every_s`, and hands each to those who watch it when it has changed.
 
-    It reads only while somebody watches. Its owner closes it.
+    It reads only while somebody watches. Its owner closes it. A subscription ends after `longest_s`: a replica that is
+    to be replaced lives for as long as somebody listens to it, and whoever listens asks for the rest.
     """
 
-    def __init__(self, jobs: JobStore, *, every_s: float = 0.25, positions_every_s: float = 1.0) -> None:
+    def __init__(
+        self, jobs: JobStore, *, every_s: float = 0.25, positions_every_s: float = 1.0, longest_s: float = 60.0
+    ) -> None:
         self._jobs = jobs
+        self._longest_s = longest_s
         self._every_s = every_s
         self._positions_every_s = positions_every_s
         self._watched: dict[str, _Watched] = {}
@@ -162,10 +166,11 @@ class Watcher:
         return self._positions.get(job_id)
 
     async def subscribe(self, job_id: str) -> AsyncGenerator[Sighting, None]:
-        """The job as it is now, and again whenever it changes, until it is removed. Raises JobNotFound.
+        """The job as it is now, and again whenever it changes, until it is removed, or for so long. Raises JobNotFound.
 
         A slow reader misses states in between, never the latest, and not the end of a job that was removed at once.
         """
+        ends_s = asyncio.get_running_loop().time() + self._longest_s
         job = await self._jobs.get(job_id)
         sighting = Sighting(job, await self.position(job_id) if job.status == "queued" else None)
         mailbox: _Mailbox = asyncio.Queue(maxsize=1)  # from here on, or what was read before would come after this
@@ -176,7 +181,7 @@ class Watcher:
             self._task = asyncio.create_task(self._read_on())
         try:
             yield sighting
-            while (told := await mailbox.get()) is not None:
+            while (told := await _told(mailbox, ends_s)) is not None:
                 if isinstance(told, Removed):
                     if not job.is_ended:
                         yield Sighting(replace(job, eta_s=None, **told._asdict()), None)
@@ -203,9 +208,10 @@ class Watcher:
         while self._watched:
             try:
                 await self._read()
+            except Unavailable:
+                pass  # the store has said so; the watchers keep what they know, and are told when it is back
             except Exception:
-                # The watchers keep what they know and are told when the store is back.
-                logger.warning("cannot read the watched jobs", exc_info=True)
+                logger.exception("cannot read the watched jobs")
             await asyncio.sleep(self._every_s)
         self._task = None
 
@@ -230,6 +236,14 @@ class Watcher:
                 for mailbox in mailboxes:
                     _replace(mailbox, sighting)
             watched.last = sighting if watched.mailboxes <= mailboxes else None
+
+
+async def _told(mailbox: _Mailbox, until_s: float) -> Sighting | Removed | None:
+    try:
+        async with asyncio.timeout_at(until_s):
+            return await mailbox.get()
+    except TimeoutError:
+        return None
 
 
 def _replace(mailbox: _Mailbox, sighting: Sighting | None) -> None:

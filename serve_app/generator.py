@@ -15,6 +15,7 @@ from serve_app.attempt import Attempt, Tools
 from serve_app.calls import Checkpoint, DenoiseCall, GeneratedVideo, PreviewPicture, Progress, Rendered
 from serve_app.chain import Chain
 from serve_app.config import DATABASE_PATIENCE_S, GeneratorConfig, StorageConfig, WebhooksConfig
+from serve_app.errors import Unavailable
 from serve_app.job_logs import fields, log_through_serve, name_job
 from serve_app.job_metrics import count_change, tell_census
 from serve_app.jobs import JobStore, Outbox
@@ -224,6 +225,8 @@ class Generator:
             began = time.monotonic()
             try:
                 await action()
+            except Unavailable as error:
+                logger.warning("%s is tried again: error=%s", getattr(action, "__name__", action), error)
             except Exception:
                 logger.exception("%s failed and is tried again", getattr(action, "__name__", action))
             await _wait(woken, max(0.0, every_s - (time.monotonic() - began)))

@@ -28,7 +28,7 @@ from serve_app.jobs import JobStore
 from serve_app.metrics import Metrics
 from serve_app.origin import origin
 from serve_app.owners import ray_job, this_replica
-from serve_app.remote import finished, plain_errors, stop
+from serve_app.remote import plain_errors, result_of, stop
 from serve_app.sizes import SizeLimit, smallest
 from serve_app.webhooks import check_url
 from t2v_core.errors import InvalidRequest
@@ -97,7 +97,9 @@ class Ingress:
             watching=_watchers(config.max_ongoing),
         )
         self._measured_limit: SizeLimit | None = None
-        self._measuring = asyncio.create_task(self._learn_size_limit())
+        self._measuring: asyncio.Task[None] | None = None
+        if config.max_pixel_frames is None:
+            self._measuring = asyncio.create_task(self._learn_size_limit())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app()
@@ -152,7 +154,8 @@ class Ingress:
         return self._parts.size_limit()
 
     async def __del__(self) -> None:
-        self._measuring.cancel()
+        if self._measuring is not None:
+            self._measuring.cancel()
         self._parts.reading.shutdown(wait=False, cancel_futures=True)
         await self._watcher.close()
         await self._jobs.close()
@@ -163,7 +166,7 @@ class Ingress:
 
     async def _made(self, params: GenerationParams, owners: tuple[str, ...], caller: str) -> GeneratedVideo:
         with plain_errors("generator"):
-            video: GeneratedVideo = await finished(self._generator.generate.remote(params, owners, caller))
+            video: GeneratedVideo = await result_of(self._generator.generate.remote(params, owners, caller))
         return video
 
     async def _resolved(self, prompt: str, settings: Settings, video: bytes | Tensor | None) -> GenerationParams:
@@ -183,7 +186,7 @@ class Ingress:
         return resolved() if video is None else await self._parts.read(resolved)
 
     async def _learn_size_limit(self) -> None:
-        """From the Denoisers, each time that others may run than before: they are of any kind of machine."""
+        """From the Denoisers, now and then: others may run than before, and on another kind of machine."""
         while True:
             try:
                 limits = await self._denoiser.broadcast("size_limit").results_async(timeout_s=5.0)

@@ -34,7 +34,7 @@ def plain_errors(part: str) -> Iterator[None]:
         raise Unavailable(f"the {part} was lost: try again") from error
 
 
-async def finished(response: Any) -> Any:  # Any: what the method called gives
+async def result_of(response: Any) -> Any:  # Any: what the method called gives
     """The response's value. Cancelled, it cancels the call: awaiting a response alone would leave that to run on."""
     try:
         return await response

@@ -8,7 +8,7 @@ from t2v_core.errors import InvalidRequest
 from t2v_core.params import GenerationParams
 from t2v_core.shapes import SPATIAL_SCALE
 
-_ROWS = 2  # of a video with guidance
+ROWS_A_VIDEO = 2  # with guidance
 _GIB = 2**30
 
 
@@ -43,7 +43,7 @@ def measured(profile: Profile, free_bytes: int) -> SizeLimit | None:
     """
     if profile.bytes_per_latent is None:
         return None
-    bytes_per_pixel = _ROWS * profile.bytes_per_latent / SPATIAL_SCALE**2
+    bytes_per_pixel = ROWS_A_VIDEO * profile.bytes_per_latent / SPATIAL_SCALE**2
     return SizeLimit(
         max(1, int(free_bytes / bytes_per_pixel)),
         f"measured on {profile.device}: {free_bytes / _GIB:.1f} GiB free, {bytes_per_pixel:.0f} bytes a pixel",

@@ -1,8 +1,9 @@
-"""Starting the service on this machine: whether it can hold it at all, and what keeps it waiting or from starting."""
+"""Starting the service on this machine: on its GPU, whether it fits, and what keeps it waiting or from starting."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -14,6 +15,21 @@ from t2v_core.errors import InvalidRequest
 
 _LOOK_EVERY_S = 1.0
 _SLACK = 1e-6  # shares of a core or a GPU are added up
+
+# As in cluster/serve/gpu.yaml, but for cores, of which this machine may have few.
+_ON_A_GPU: dict[str, dict[str, Any]] = {
+    "text_encoder": {"num_threads": 0, "dtype": "bf16"},
+    "denoiser": {"num_gpus": 0.75, "max_ongoing": 8, "urgent_reserve": 2},
+    "decoder": {"num_gpus": 0.25},
+}
+
+
+def on_its_gpu(config: AppConfig, machine: Mapping[str, float]) -> AppConfig:
+    """The defaults with denoiser and decoder on a GPU of the machine, if it has one. The demo is as quick without."""
+    if config.model == AppConfig().model or machine.get("GPU", 0.0) < 1.0:
+        return config
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in _ON_A_GPU.items()}
+    return config.model_copy(update=sections)
 
 
 def check_fits(config: AppConfig, machine: Mapping[str, float]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from serve_app import inputs
 from serve_app.bodies import Upload, read_body
 from serve_app.content import content_response
-from serve_app.errors import ArtifactGone, IdempotencyConflict, JobEnded, JobLive, QueueFull, Unavailable
+from serve_app.errors import ArtifactGone, IdempotencyConflict, JobEnded, JobLive, JobNotFound, QueueFull, Unavailable
 from serve_app.events import Seen, job_events, news
 from serve_app.job_logs import name_job
 from serve_app.jobs.model import Job, NewJob
@@ -106,7 +106,7 @@ async def _edit(
         max_video_bytes=limits.max_upload_bytes,
     )
     params = await parts.read(resolved)
-    digest = hashlib.sha256(data).hexdigest()
+    digest = await parts.read(lambda: hashlib.sha256(data).hexdigest())
     new = new_job(params, owner=owner, model=model, asked=asked, input_hash=digest, idempotency_key=idempotency_key)
     return await _accept(new, parts, response, frames=params.video)
 
@@ -122,12 +122,15 @@ async def remix_video(
     """Queue a video with the seed and the settings of another one, and another prompt."""
     earlier = await parts.jobs.get(video_id, owner)
     asked = parse(RemixVideo, await read_body(request, parts.limits.max_body_bytes, multipart=False))
-    model = _served(earlier.model, parts)
+    if earlier.model not in parts.models:
+        raise InvalidRequest(
+            f"video {video_id}: was made by {earlier.model}, which is not served here; make a new one", param="video_id"
+        )
     with parts.uploading.one(owner) if earlier.is_edit else nullcontext():
         frames = await _input_of(earlier, parts) if earlier.is_edit else None
         params = remixed_params(earlier, asked.prompt, parts.defaults, frames)
         check_size(params, parts.size_limit())
-        new = new_job(params, owner=owner, model=model, remix_of=earlier, idempotency_key=idempotency_key)
+        new = new_job(params, owner=owner, model=earlier.model, remix_of=earlier, idempotency_key=idempotency_key)
         return await _accept(new, parts, response, frames=frames)
 
 
@@ -239,7 +242,10 @@ def _served(model: str | None, parts: ApiParts) -> str:
 
 
 async def _video_of(video_id: str, parts: ApiParts, owner: str) -> bytes:
-    job = await parts.jobs.get(video_id, owner)
+    try:
+        job = await parts.jobs.get(video_id, owner)
+    except JobNotFound as error:
+        raise JobNotFound(str(error), param="video") from error
     if job.status != "completed":
         raise InvalidRequest(f"video {video_id}: is {job.status}; wait until it is completed", param="video")
     return await parts.artifacts.read(job.artifacts["video"].path)

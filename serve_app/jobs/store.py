@@ -289,16 +289,16 @@ class JobStore:
             return row is not None
 
     @finished
-    async def retry(self, job_id: str, fence: int, reason: str) -> Job:
+    async def retry(self, job_id: str, fence: int, reason: str) -> bool:
         """Give a job back after a failed attempt. It counts unless it gained a checkpoint; after too many it failed.
 
-        Raises JobNotFound.
+        False where it is not this owner's any more.
         """
         async with self.database.writing() as connection:
             row = await held_row(connection, job_id, fence)
             if row is not None:
                 await give_up_attempt(connection, row, self._rules, reason)
-            return await read(connection, job_id)
+            return row is not None
 
     @finished
     async def reap(self, *, calm_s: float = 0.0, pause_s: float = 0.0) -> _Ids:

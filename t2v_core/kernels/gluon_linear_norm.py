@@ -219,8 +219,7 @@ def _multiply(factor, stages, of_weight, number, sums):
         products = products + (_begin(factor, stages, of_weight, number + n, sums[n]),)
         if n > 0:
             products = products[: n - 1] + (_end(products[n - 1], of_weight, number + n - 1), products[n])
-    last = warpgroup_mma_wait(0, deps=[products[_PIECES - 1], factor])[0]
-    products = products[: _PIECES - 1] + (last,)
+    products = products[: _PIECES - 1] + (warpgroup_mma_wait(0, deps=[products[_PIECES - 1], factor])[0],)
     mbarrier.arrive(of_weight[1].index((number + _PIECES - 1) % stages.shape[0]))
     return products
 

@@ -62,6 +62,7 @@ def policy(name: str, path: str, value: Any) -> Break:
 BREAKS = [
     # The Serve configuration, and whether it fits
     served("serve config", "max_ongonig", "applications.0.args.denoiser.max_ongonig", 3),
+    Break("serve config", "refuses it", "spec.serveConfigV2", "applications: [t2v"),
     served("serve config", "proxy_location", "proxy_location", "Everywhere"),
     served("serve config", "must be serve_app.app:build", "applications.0.import_path", "serve_app.app:buidl"),
     served("fit", "denoiser", "applications.0.args.denoiser.max_replicas", 13),
@@ -214,6 +215,13 @@ BREAKS = [
         where="PrometheusRule t2v",
     ),
     Break("metric", "no label job", "spec.groups.0.rules.0.expr", 'ray_t2v_jobs{job="x"}', where="PrometheusRule t2v"),
+    Break(
+        "metric",
+        "no label modle",
+        "spec.groups.0.rules.0.expr",
+        "sum by (modle) (ray_t2v_jobs) > 1",
+        where="PrometheusRule t2v",
+    ),
     Break("guide", "say what to do", "spec.groups.0.rules.0.alert", "T2vUnheardOf", where="PrometheusRule t2v"),
     Break("scrape", "does not select", "spec.selector.matchLabels.app", "x", where="PodMonitor t2v"),
     Break("scrape", "metrisc", "spec.podMetricsEndpoints.0.port", "metrisc", where="PodMonitor t2v"),

@@ -7,10 +7,12 @@ from typing import Any
 import httpx2
 import pytest
 from api_service import ALICE, BOB, KEYS, OWNED, UNKNOWN, error_of
+from sqlalchemy import update
 
 from serve_app import videos
 from serve_app.api import Limits, create_app
 from serve_app.errors import HTTP_ANSWERS, Superseded, Unavailable
+from serve_app.jobs.schema import jobs as table
 from t2v_core.errors import T2VError
 
 pytestmark = pytest.mark.anyio
@@ -314,6 +316,16 @@ async def test_a_remix_differs_in_the_prompt_alone(service: Any) -> None:
     own = {"prompt": "a blue square", "remixed_from_video_id": video["id"], "metadata": {}}
     assert remix == video | own | {"id": remix["id"], "created_at": remix["created_at"]}
     assert remix["id"] != video["id"]
+
+
+async def test_a_remix_of_a_model_that_is_not_served_any_more_says_what_to_do(service: Any) -> None:
+    video = await service.create()
+    async with service.jobs.database.writing() as connection:
+        await connection.execute(update(table).values(model="gone"))
+    response = await service.client.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "a"})
+    error = error_of(response, 400)
+    assert error["param"] == "video_id"
+    assert "was made by gone" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,31 @@ async def test_an_attempt_that_waits_for_the_database_to_end_its_job_is_given_ba
     assert (await bench.job()).status == "queued"
 
 
+async def test_files_that_cannot_be_removed_do_not_hold_an_attempt_up_whose_job_has_completed(bench, monkeypatch):
+    async def away(_: str) -> None:
+        raise Unavailable("the artifact store does not answer")
+
+    monkeypatch.setattr(bench.artifacts, "delete", away)
+    attempt = await bench.attempt(Stages(Checkpoint(3, b"where it stood"), RENDERED))
+    await asyncio.wait_for(attempt.task, 0.4)  # a failed attempt pauses for longer
+    assert (await bench.job()).status == "completed"
+
+
+async def test_a_database_that_goes_away_after_a_claim_costs_no_attempt(bench, monkeypatch):
+    now, asked = bench.jobs.now, []
+
+    async def away_at_first() -> float:
+        asked.append(1)
+        if len(asked) < 3:
+            raise Unavailable("the job store cannot be reached")
+        return await now()
+
+    monkeypatch.setattr(bench.jobs, "now", away_at_first)
+    await ended(await bench.attempt(Stages(RENDERED)))
+    job = await bench.job()
+    assert (job.status, job.attempts, job.fence) == ("completed", 0, 1)
+
+
 async def test_a_job_whose_checkpoint_cannot_be_read_waits_in_the_queue_and_loses_no_attempt(bench, monkeypatch):
     await ended(await bench.attempt(Stages(Checkpoint(3, b"where it stood"), Unavailable("the denoiser died"))))
     read = bench.artifacts.read

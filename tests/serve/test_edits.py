@@ -17,7 +17,7 @@ from api_service import ALICE, BOB, KEYS, UNKNOWN, Files, error_of, running
 from PIL import Image
 from typer.testing import CliRunner
 
-from serve_app import inputs
+from serve_app import bodies, inputs
 from serve_app.api import Limits
 from serve_app.cli import app
 from serve_app.client import AsyncClient, BadRequest, Client
@@ -243,7 +243,7 @@ async def test_only_ones_own_completed_videos_can_be_edited(tmp_path: Path, file
         made = await service.completed()
         unfinished = await service.create()
         assert "completed" in error_of(await edit_of(service, unfinished["id"]), 400)["message"]
-        assert error_of(await edit_of(service, UNKNOWN), 404)
+        assert error_of(await edit_of(service, UNKNOWN), 404)["param"] == "video"
         async with httpx2.AsyncClient(base_url=service.url, headers={"authorization": f"Bearer {BOB}"}) as bob:
             body = {"prompt": "a", "video": {"id": made["id"]}}
             assert error_of(await bob.post("/v1/videos/edits", json=body), 404)
@@ -392,3 +392,19 @@ async def test_the_api_answers_while_a_video_is_read(service: Any, mp4: bytes, m
     assert (await service.client.get("/healthz")).status_code == 200
     may_end.set()
     (await reading).raise_for_status()
+
+
+async def test_the_api_answers_while_a_body_is_parsed(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end, parse = threading.Event(), threading.Event(), bodies._parse_multipart
+
+    def parse_when_told(data: bytes, boundary: bytes | None) -> dict[str, Any]:
+        begun.set()
+        assert may_end.wait(30)
+        return parse(data, boundary)
+
+    monkeypatch.setattr(bodies, "_parse_multipart", parse_when_told)
+    editing = asyncio.create_task(edit(service, b"no video"))
+    assert await to_thread.run_sync(begun.wait, 30)
+    assert (await service.client.get("/healthz")).status_code == 200
+    may_end.set()
+    assert error_of(await editing, 400)["param"] == "video"

@@ -16,7 +16,7 @@ from sse_starlette import EventSourceResponse
 
 from serve_app.bounds import Callers
 from serve_app.errors import JobNotFound
-from serve_app.events import Event, Seen, Watcher, news
+from serve_app.events import Event, Seen, Watcher, job_events, news
 from serve_app.jobs.store import JobStore
 
 pytestmark = pytest.mark.anyio
@@ -379,6 +379,20 @@ async def test_closing_the_watcher_ends_all_subscriptions(service: Any) -> None:
     await anext(subscription)
     await watcher.close()
     assert [sighting async for sighting in subscription] == []
+
+
+async def test_a_stream_ends_after_a_while_and_goes_on_where_it_is_asked_for_again(service: Any) -> None:
+    video = await service.create()
+    work = await service.claim()
+    watcher = Watcher(service.jobs, every_s=0.01, longest_s=0.3)
+    async with asyncio.timeout(5):
+        events = [event async for event in job_events(watcher, service.artifacts, video["id"], None)]
+        await work.step(3)
+        seen = Seen.parse(events[-1].id)
+        events = [event async for event in job_events(watcher, service.artifacts, video["id"], seen)]
+    assert [event.event for event in events] == ["progress"]
+    assert service.watcher.num_watched == 0
+    await watcher.close()
 
 
 async def test_watching_an_unknown_job_is_refused(service: Any) -> None:

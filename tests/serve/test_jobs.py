@@ -65,6 +65,11 @@ async def claimed(store: JobStore, claimer: str = "worker", *, lease_s: float = 
     return job
 
 
+async def retried(store: JobStore, job: Job, reason: str) -> Job:
+    assert await store.retry(job.id, job.fence, reason)
+    return await store.get(job.id)
+
+
 async def complete(store: JobStore, job: Job, *, expires_in_s: float = 3600.0) -> bool:
     return await store.complete(job.id, job.fence, video_of(job.id, job.fence), expires_in_s=expires_in_s)
 
@@ -673,7 +678,7 @@ async def test_a_late_owner_cannot_write(store: JobStore, database_url: str, los
     assert not await store.fail(late.id, late.fence, "code", "message")
     assert not await store.cancelled(late.id, late.fence)
     assert not await store.release(late.id, late.fence)
-    assert await store.retry(late.id, late.fence, "reason") == before
+    assert not await store.retry(late.id, late.fence, "reason")
     assert await store.get(late.id) == before
     assert await told(database_url) == told_before
 
@@ -701,7 +706,7 @@ async def test_a_job_fails_after_so_many_attempts_without_progress(open_store: O
     seen = []
     for reason in ("the denoiser died", "out of luck", "the decoder died"):
         job = await claimed(store)
-        after = await store.retry(job.id, job.fence, reason)
+        after = await retried(store, job, reason)
         seen.append((after.status, after.attempts, after.claimed_by, after.lease_until))
     assert seen == [("queued", 1, None, None), ("queued", 2, None, None), ("failed", 3, None, None)]
     failed = await store.get(made.id)
@@ -730,13 +735,13 @@ async def test_attempts_that_gained_a_checkpoint_do_not_count(open_store: OpenSt
     for step in (1, 2, 3, 4):
         job = await claimed(store)
         assert await store.save_checkpoint(job.id, job.fence, f"{job.id}/{job.fence}/trajectory", step)
-        assert (await store.retry(job.id, job.fence, "unlucky")).attempts == 0
+        assert (await retried(store, job, "unlucky")).attempts == 0
     job = await claimed(store)
     assert (job.checkpoint_step, job.step, job.resumes) == (4, 4, 4)
-    assert (await store.retry(job.id, job.fence, "stuck")).attempts == 1
+    assert (await retried(store, job, "stuck")).attempts == 1
     job = await claimed(store)
     await store.save_checkpoint(job.id, job.fence, "the same place", 4)  # which is no progress
-    assert (await store.retry(job.id, job.fence, "stuck")).status == "failed"
+    assert (await retried(store, job, "stuck")).status == "failed"
 
 
 async def test_steps_of_a_lost_attempt_are_counted_as_repeated(store: JobStore) -> None:
@@ -759,7 +764,7 @@ async def test_a_checkpoint_ahead_of_the_last_heartbeat_repeats_nothing(store: J
     job = await claimed(store)
     await store.heartbeat("worker", [report(job, 1)], lease_s=LEASE_S)
     await store.save_checkpoint(job.id, job.fence, "a", 3)
-    again = await store.retry(job.id, job.fence, "unlucky")
+    again = await retried(store, job, "unlucky")
     assert (again.step, again.steps_repeated) == (3, 0)
 
 
@@ -767,7 +772,7 @@ async def test_a_job_without_a_checkpoint_starts_anew_and_does_not_resume(store:
     await accept(store)
     job = await claimed(store)
     await store.heartbeat("worker", [report(job, 3)], lease_s=LEASE_S)
-    again = await store.retry(job.id, job.fence, "unlucky")
+    again = await retried(store, job, "unlucky")
     assert (again.step, again.steps_repeated, again.resumes) == (0, 3, 0)
 
 
@@ -778,7 +783,7 @@ async def test_a_checkpoint_that_cannot_be_used_is_forgotten_and_the_attempt_cou
     await store.release(job.id, job.fence)
     job = await claimed(store)
     assert await store.save_checkpoint(job.id, job.fence, None, 0)
-    again = await store.retry(job.id, job.fence, "damaged")
+    again = await retried(store, job, "damaged")
     assert (again.attempts, again.checkpoint_path, again.checkpoint_step, again.step) == (1, None, 0, 0)
 
 
@@ -792,9 +797,8 @@ async def test_a_job_that_is_released_loses_no_attempt(open_store: OpenStore) ->
     assert (again.status, again.attempts, again.claimed_by, again.lease_until) == ("queued", 0, None, None)
 
 
-async def test_retrying_an_unknown_job_is_not_found(store: JobStore) -> None:
-    with pytest.raises(JobNotFound):
-        await store.retry("video_0", 1, "reason")
+async def test_a_job_that_is_gone_is_not_retried(store: JobStore) -> None:
+    assert not await store.retry("video_0", 1, "reason")
 
 
 # Ending
@@ -904,7 +908,7 @@ async def test_a_job_to_be_cancelled_is_not_failed_for_its_attempts(open_store: 
     await accept(store)
     job = await claimed(store)
     await store.cancel(job.id, "ann")
-    assert (await store.retry(job.id, job.fence, "unlucky")).status == "cancelled"
+    assert (await retried(store, job, "unlucky")).status == "cancelled"
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])

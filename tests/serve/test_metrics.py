@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextvars import copy_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from serve_app.engine_metrics import EngineMetrics
 from serve_app.job_logs import fields, log_through_serve, name_job
 from serve_app.job_metrics import count_change, tell_census
 from serve_app.jobs import Change, Ended, JobStore, Requeued
+from serve_app.jobs.transitions import give_up_attempt
 from serve_app.memory import gpu_memory, tell_memory
 from serve_app.metrics import METRICS, MetricSpec, table
 from t2v_core.engine import Cancelled, Preview, Stepped
@@ -138,11 +140,12 @@ async def test_a_change_that_is_rolled_back_is_not_told(told_store, monkeypatch)
     await store.create(job)
     (claimed,) = await store.claim("a", limit=1, lease_s=30)
 
-    async def broken(*_: object) -> None:
+    async def broken(*arguments: Any) -> None:
+        await give_up_attempt(*arguments)
         raise RuntimeError("after the end was written")
 
     with monkeypatch.context() as patch:
-        patch.setattr("serve_app.jobs.store.read", broken)
+        patch.setattr("serve_app.jobs.store.give_up_attempt", broken)
         with pytest.raises(RuntimeError):
             await store.retry(job.id, claimed.fence, "its denoiser died")
     assert changes == []

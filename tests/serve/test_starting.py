@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from running import kill_tree
 
 from cluster.ray_nodes import free_port
 from serve_app.config import AppConfig
-from serve_app.starting import check_fits
+from serve_app.starting import check_fits, on_its_gpu
 from t2v_core.errors import InvalidRequest
 
 
@@ -40,6 +42,22 @@ def test_shares_that_add_up_but_for_rounding_fit():
     stages = {stage: {"num_cpus": 0.1} for stage in ("text_encoder", "decoder", "generator", "ingress")}
     config = AppConfig.model_validate(stages | {"denoiser": {"num_cpus": 0.6}})
     check_fits(config, {"CPU": 1.0})
+
+
+def test_without_a_file_a_model_runs_on_the_gpu_that_there_is():
+    config = AppConfig(model="some/model")
+    assert on_its_gpu(config, {"CPU": 8.0}) == config
+    assert on_its_gpu(AppConfig(), {"CPU": 8.0, "GPU": 1.0}) == AppConfig()
+    placed = on_its_gpu(config, {"CPU": 2.0, "GPU": 1.0})
+    check_fits(placed, {"CPU": 2.0, "GPU": 1.0})
+    assert placed.model == "some/model"
+    file = Path(__file__).parents[2] / "cluster" / "serve" / "gpu.yaml"
+    (application,) = yaml.safe_load(file.read_text())["applications"]
+    configured = AppConfig.model_validate(application["args"])
+    for section, names in (("text_encoder", ["dtype"]), ("denoiser", ["num_gpus", "max_ongoing", "urgent_reserve"])):
+        for name in names:
+            assert getattr(getattr(placed, section), name) == getattr(getattr(configured, section), name)
+    assert placed.decoder.num_gpus == configured.decoder.num_gpus
 
 
 @pytest.mark.service
