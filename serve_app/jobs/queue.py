@@ -52,7 +52,7 @@ async def accepted_before(connection: AsyncConnection, new: NewJob) -> Job | Non
 
 
 class Candidate(NamedTuple):
-    """A job that may be claimed next. `is_hastened`: while others' videos fill the service, its owner has none."""
+    """A job that may be claimed next. `is_hastened`: its owner has none in hand, and another several."""
 
     id: str
     fence: int
@@ -82,8 +82,8 @@ async def candidates(
     rows = await connection.execute(next_ones)
     found = []
     for row in rows:
-        others = max((num for owner, num in running.items() if owner != row.owner), default=0)
-        is_hastened = others > 1 and row.turn == 1
+        most_of_another = max((num for owner, num in running.items() if owner != row.owner), default=0)
+        is_hastened = row.turn == 1 and most_of_another > 1
         if not urgent_only or is_hastened or row.priority == "urgent":
             found.append(Candidate(row.id, row.fence, is_hastened))
             if len(found) == limit:

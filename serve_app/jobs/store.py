@@ -212,7 +212,7 @@ class JobStore:
     ) -> _Jobs:
         """Up to `limit` queued jobs, those whose turn it is, now the claimer's for `lease_s` seconds.
 
-        Each with the priority that counts now: urgent for the first of an owner while others fill the service.
+        Each with the priority that counts now: urgent for the first of an owner while another has several in hand.
         With the `model` that the claimer has `since` then, none that came later for another: its successor has that.
         """
         if limit < 1:

@@ -172,6 +172,7 @@ SERVICE_ALLOWED = {
         "calls",
         "chain",
         "config",
+        "errors",
         "job_logs",
         "job_metrics",
         "jobs",

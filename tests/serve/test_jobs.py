@@ -444,7 +444,7 @@ async def test_an_urgent_job_goes_before_its_owners_others_and_not_before_those_
     assert list(await store.queue_positions()) == [a1, b0, a0]
 
 
-async def test_the_first_job_of_an_owner_is_urgent_while_another_fills_the_service(store: JobStore) -> None:
+async def test_the_first_job_of_an_owner_is_urgent_while_another_has_several_in_hand(store: JobStore) -> None:
     await of_owners(store, "a", "a", "a")
     assert {job.priority for job in await store.claim("worker", limit=2, lease_s=LEASE_S)} == {"normal"}
     b0, b1 = await of_owners(store, "b", "b")
