@@ -49,36 +49,29 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class ApiParts:
-    """`models`: ids that are served; the first is the default. `defaults` are its checkpoint's.
-
-    `generate` makes a video now, or when it is this owner's turn; cancelling it stops the GPU work. `wake` tells the
-    Generators that there is work or a cancel, and never raises. `is_ready` says of each part of the service whether it
-    can work. `check_webhook` raises InvalidRequest for a URL that is not told. `callers` are those whose videos are
-    made while they wait. `origin` tells where what is asked for right now comes from. `measured_limit` is what the
-    Denoisers can hold, once they have told.
-    `uploading` are those whose input video is held in memory: also by Serve, which takes a body in before anybody reads
-    it, so that no more of them may wait. `reading` are the threads that decode and store these.
-    `watching` are those who listen to events: each holds one of the requests that Serve lets in.
-    """
+    """What there is for every request."""
 
     jobs: JobStore
     artifacts: ArtifactStore
     keys: ApiKeys
     watcher: Watcher
-    models: tuple[str, ...]
-    defaults: GenerationDefaults
+    models: tuple[str, ...]  # ids that are served; the first is the default
+    defaults: GenerationDefaults  # of that one's checkpoint
     limits: Limits
-    generate: Callable[[GenerationParams, str], Awaitable[Finished]]
-    wake: Callable[[], Awaitable[None]]
-    is_ready: Callable[[], Awaitable[dict[str, bool]]]
-    check_webhook: Callable[[str], None]
-    callers: Callers
-    origin: Callable[[], Origin]
-    measured_limit: Callable[[], SizeLimit | None]
+    generate: Callable[[GenerationParams, str], Awaitable[Finished]]  # at this owner's turn; cancelling stops the work
+    wake: Callable[[], Awaitable[None]]  # tells the Generators of work or of a cancel, and never raises
+    is_ready: Callable[[], Awaitable[dict[str, bool]]]  # whether each part of the service can work
+    check_webhook: Callable[[str], None]  # raises InvalidRequest for a URL that is not told
+    callers: Callers  # whose videos are made while they wait
+    origin: Callable[[], Origin]  # where what is asked for right now comes from
+    measured_limit: Callable[[], SizeLimit | None]  # what the Denoisers can hold, once they have told
+    # Whose input video is held in memory, and be it by Serve, which takes a body in before anybody reads it: so no more
+    # of them may wait.
     uploading: Callers = field(
         default_factory=lambda: Callers(_MAX_UPLOADS, _MAX_UPLOADS // 2, what="uploads", most_retry_after_s=5.0)
     )
-    watching: Callers = field(default_factory=lambda: Callers(None, None))
+    watching: Callers = field(default_factory=lambda: Callers(None, None))  # each holds a request that Serve lets in
+    # Input videos are decoded and stored in these threads.
     reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "reading"))
 
     def size_limit(self) -> SizeLimit | None:
