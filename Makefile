@@ -70,13 +70,13 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "$(PYTHON): must be Python 3.11 or later; name one: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	@$(BIN)/python -m pip install --quiet --upgrade --constraint $(CONSTRAINTS) pip || \
+	@$(BIN)/python -m pip install -qq --upgrade --constraint $(CONSTRAINTS) pip || \
 	    echo "pip could not be renewed: what follows takes longer" >&2
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install -qq --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
+	$(BIN)/python -m pip install -qq --constraint $(CONSTRAINTS) --editable ".[test]"
 	@touch $@ $(VENV)/.installed
