@@ -139,3 +139,22 @@ def test_convolutions_in_gluon(compiled, dtype, piece, tmp_path):
     out = gluon_conv.conv_frames(x, of_frames.to(memory_format=torch.channels_last), (piece,))
     assert out.shape == (2, 16, 16, 16, len(weight))
     check(compiled, {"_conv_tiles"}, tmp_path)
+
+
+def test_a_kernel_in_gluon_is_compiled_once_whatever_the_number_of_rows(compiled):
+    """What `ops` has held against its plain equivalent is what runs from then on."""
+    from t2v_core.kernels import gluon_attention, gluon_geglu, gluon_linear_norm
+
+    weight, offset = draw(320, 320), draw(320)
+    norm = nn.LayerNorm(320, device="meta", dtype=torch.float16)
+    proj = nn.Linear(320, 2560, device="meta", dtype=torch.float16)
+    for blocks in (1, 15, 16, 132, 200):  # specialised, 1 and multiples of 16 would be kernels of their own
+        rows = draw(128 * blocks, 320)
+        gluon_geglu.geglu(rows, proj)
+        gluon_linear_norm.linear_norm(rows, weight, offset, norm)
+        gluon_attention.spatial_attention(draw(1, 1, 1, blocks, 3 * 320), heads=5)
+    assert {name: len(variants) for name, variants in compiled.items()} == {
+        "_in_turns": 1,
+        "_product_and_norm": 1,
+        "_attend_over_pixels": 1,
+    }
