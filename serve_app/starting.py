@@ -25,7 +25,7 @@ _ON_A_GPU: dict[str, dict[str, Any]] = {
 
 
 def on_its_gpu(config: AppConfig, machine: Mapping[str, float]) -> AppConfig:
-    """The defaults with denoiser and decoder on a GPU of the machine, if it has one. The demo is as quick without."""
+    """The defaults with denoiser and decoder on a GPU of the machine, if it has one. The demo does without."""
     if config.model == AppConfig().model or machine.get("GPU", 0.0) < 1.0:
         return config
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in _ON_A_GPU.items()}

@@ -38,6 +38,7 @@ from serve_app.schemas import (
 )
 from serve_app.sizes import check_size
 from t2v_core.errors import InvalidRequest
+from t2v_core.params import GenerationParams
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,15 @@ async def _edit(
         data = await _video_of(asked.video.id, parts, owner)
     else:
         raise InvalidRequest('video is missing: send a file, or {"id": "video_..."} of a completed one', param="video")
-    resolved = partial(
-        generation_params,
-        asked,
-        parts.defaults,
-        size_limit=parts.size_limit(),
-        video=data,
-        max_video_bytes=limits.max_upload_bytes,
-    )
-    params = await parts.read(resolved)
-    digest = await parts.read(lambda: hashlib.sha256(data).hexdigest())
+    size_limit, max_video_bytes = parts.size_limit(), limits.max_upload_bytes
+
+    def resolved() -> tuple[GenerationParams, str]:
+        params = generation_params(
+            asked, parts.defaults, size_limit=size_limit, video=data, max_video_bytes=max_video_bytes
+        )
+        return params, hashlib.sha256(data).hexdigest()
+
+    params, digest = await parts.read(resolved)
     new = new_job(params, owner=owner, model=model, asked=asked, input_hash=digest, idempotency_key=idempotency_key)
     return await _accept(new, parts, response, frames=params.video)
 

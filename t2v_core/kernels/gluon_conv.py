@@ -313,8 +313,8 @@ def _factor(rows, ours, TAP: gl.constexpr, PIECE: gl.constexpr):
     BOXES: gl.constexpr = rows.shape[0] // _ROOM_PAIRS
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     lines = seen_as(rows, rows.dtype, [2 * rows.shape[0], PIXELS, CHANNELS], layout)
-    boxes = from_on(lines, TAP, [2 * BOXES - 1, _BOX_LINES * PIXELS, CHANNELS], layout)  # two have room in ours
-    return boxes.index(2 * ours).load(gl.DotOperandLayout(operand_index=0, parent=sums_of(PIECE), k_width=2))
+    windows = from_on(lines, TAP, [2 * BOXES - 1, _BOX_LINES * PIXELS, CHANNELS], layout)  # two to our room
+    return windows.index(2 * ours).load(gl.DotOperandLayout(operand_index=0, parent=sums_of(PIECE), k_width=2))
 
 
 @gluon.jit
@@ -346,13 +346,8 @@ def _put(out, place, column, rows, ours, N: gl.constexpr, sums):
     PIECE: gl.constexpr = sums.shape[1]
     ROOM: gl.constexpr = 128 // PIECE  # pieces in one place
     image, line, pixel = place
-    SHAPE: gl.constexpr = [
-        rows.shape[0] // _ROOM_PAIRS * ROOM,
-        1,
-        out.block_type.shape[1],
-        out.block_type.shape[2],
-        PIECE,
-    ]
+    PLACES: gl.constexpr = rows.shape[0] // _ROOM_PAIRS * ROOM
+    SHAPE: gl.constexpr = [PLACES, 1, out.block_type.shape[1], out.block_type.shape[2], PIECE]
     piece = seen_as(rows, out.dtype, SHAPE, out.layout).index(ours * ROOM + N % ROOM)
     if N >= ROOM:
         tma.store_wait(ROOM - 1)

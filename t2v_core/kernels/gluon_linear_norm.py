@@ -160,7 +160,9 @@ def _one_group(
         slot, phase = done % 2, done // 2 & 1
         ours, row = (slot * 2 + group) * _PIECES, (unit * 2 + group) * PIECE
         nothing = gl.zeros([PIECE, PIECE], gl.float32, sums)
-        pieces = (nothing, nothing, nothing, nothing, nothing)
+        pieces = ()
+        for _ in gl.static_range(_PIECES):
+            pieces = pieces + (nothing,)
         for k in range(_PIECES):
             number = done * (_PIECES * (_PIECES + NEXT)) + _PIECES * k
             mbarrier.wait(full.index(slot * _PIECES + k), phase)

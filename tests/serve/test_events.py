@@ -391,7 +391,7 @@ async def test_a_stream_ends_after_a_while_and_goes_on_where_it_is_asked_for_aga
         seen = Seen.parse(events[-1].id)
         events = [event async for event in job_events(watcher, service.artifacts, video["id"], seen)]
     assert [event.event for event in events] == ["progress"]
-    assert service.watcher.num_watched == 0
+    assert watcher.num_watched == 0
     await watcher.close()
 
 

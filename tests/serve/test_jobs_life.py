@@ -207,6 +207,8 @@ class JobsLife(RuleBasedStateMachine):
         assert is_ours == (expected is not None)
         if expected is not None:
             expected.give_back(failed=True)
+        if claim.job_id in self.kept:
+            assert self.run(self.store.get(claim.job_id)).status == self.kept[claim.job_id].status
 
     @rule()
     def reap(self) -> None:
